@@ -219,10 +219,15 @@ def with_measured_orders(job: EvalJob) -> EvalJob:
 def pinned(config: DictConfig) -> tuple[str, ...]:
     """Return the override of ``eval.data`` that a Slurm job needs: its copy of the code has no data next to it.
 
-    Raises ValueError if a variant has another number of ranks than the job starts.
+    There is none for a folder that an earlier job has still to make.  Raises ValueError if a variant has another number
+    of ranks than the job starts.
     """
     refuse_other_sizes(compose_variants(config))
-    folder = section(config, "eval", EvalConfig).folder
+    evaluation = section(config, "eval", EvalConfig)
+    try:
+        folder = evaluation.folder
+    except ValueError:
+        return ()
     return (f"eval.data={folder.resolve() if folder else 'hub'}",)
 
 

@@ -90,7 +90,7 @@ def _make_order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_se
     config = compose_config("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
     paths: dict[str, object] = {
         "model": {"name": model.name, "source": str(folder), "cache": model.cache},
-        "run": vars(base.target.run),
+        "run": {"threads": base.target.run.threads, "timeout_minutes": base.target.run.timeout_minutes},
         "out": str(out),
     }
     return spd_sensitivity.prepare(_merge(config, paths), "eval.run")

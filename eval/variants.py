@@ -68,6 +68,9 @@ class Variant:
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
+_SOURCES = {"name", "source", "wheel", "gguf", "sha256", "config", "tokenizer"}  # settings that say which model it is
+
+
 def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
     """Return name and whole configuration of the baseline and of each item of ``variants``.
 
@@ -90,11 +93,12 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
         if base["adapted"] and change.get("spd"):
             # The adapted folder has an order of blocks; the variant's file belongs to the model without repair.
             spd = {key: value for key, value in mapping_at(change, "spd").items() if key != "sensitivity"}
-            if isinstance(change.get("model"), str):
+            own = {} if isinstance(change.get("model"), str) else mapping_at(change, "model")
+            if isinstance(change.get("model"), str) or _SOURCES.intersection(own):
                 raise ValueError(
                     f"variants: {name} has a model, and adapted={base['adapted']} is another one: leave one of them out"
                 )
-            model = {**_in_folder(str(base["adapted"])), **mapping_at(change, "model")}
+            model = {**_in_folder(str(base["adapted"])), **own}
             repaired = {**change, "model": model, "spd": {"sensitivity": None, **spd}}
             variants.append((f"{name} repaired", _apply(base, repaired)))
     names = [name for name, _ in variants]

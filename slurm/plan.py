@@ -117,7 +117,7 @@ def plan_job(
         module=recipe.module,
         words=tuple(word for word in shared if not word.startswith("out=")),
         folder=folder,
-        tasks=tuple(replace(task, words=(*task.words, *_pinned(recipe, task.config, settings))) for task in tasks),
+        tasks=tuple(replace(task, words=(*task.words, *recipe.pinned(task.config))) for task in tasks),
         ranks_per_node=ranks,
         gpus_per_rank=gpus,
     )
@@ -285,16 +285,6 @@ def _refuse_typed_turns(config: DictConfig) -> None:
             f"session.load and session.save are both {load}: if the job is requeued, it would take its turns again, "
             "after those that it saved; use another folder for session.save"
         )
-
-
-def _pinned(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> Sequence[str]:
-    """Return the settings that ``recipe`` pins; none if a file is missing that the jobs before this one may make."""
-    try:
-        return recipe.pinned(config)
-    except ValueError:
-        if not settings.jobs_before:
-            raise
-        return ()  # `_refuse_unprepared` has printed it
 
 
 def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:

@@ -287,7 +287,7 @@ def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
 
 def _whole(value: Any) -> int:
     """Return ``value`` as a whole number.  Raises ValueError if it has a fraction."""
-    if int(value) != float(value):
+    if not float(value).is_integer():
         raise ValueError(f"{value} is not a whole number")
     return int(value)
 

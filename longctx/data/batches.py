@@ -24,7 +24,8 @@ class Batch:
     A piece is a part of one document, or padding.  ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.
     ``counted`` is the number of targets with a loss in the whole batch, over all data-parallel ranks.  Sums of losses
     are divided by it, so that the loss does not depend on how ranks share the batch.  ``padding[i]`` is the number of
-    padding tokens of sequence i, which are its last piece.
+    padding tokens of sequence i, which are its last piece.  ``documents`` has the lengths of all pieces of documents in
+    the whole batch, over all data-parallel ranks, without padding.
     """
 
     tokens: Tokens
@@ -33,6 +34,7 @@ class Batch:
     lengths: tuple[tuple[int, ...], ...]
     counted: int
     padding: tuple[int, ...] = ()
+    documents: tuple[int, ...] = ()
 
     @property
     def document_lengths(self) -> tuple[tuple[int, ...], ...]:
@@ -106,6 +108,7 @@ def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
         tuple(row.lengths for row in mine),
         sum(int(row.mask.sum()) for row in rows),
         tuple(row.padding for row in mine),
+        tuple(n for row in rows for n in (row.lengths[:-1] if row.padding else row.lengths)),
     )
 
 
@@ -132,6 +135,6 @@ def left_out(state: State) -> dict[str, int]:
 
     The keys are "empty", for records without text, and "skipped", for faulty records.
     """
-    documents = state["documents"] or {"sources": []}  # None while the first document is being cut
+    documents = state["documents"] or {"sources": []}  # None: version 0.2, inside the first document
     sources = [source for source in documents["sources"] if source]
     return {count: sum(source[count] for source in sources) for count in ("empty", "skipped")}

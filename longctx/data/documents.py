@@ -11,7 +11,7 @@ import torch
 
 from longctx.config import DataSettings, TextSource
 from longctx.data.conversations import conversation_reader
-from longctx.data.files import files
+from longctx.data.files import READABLE, files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Position, Record, SourceFile, TokenizedConversation
@@ -74,7 +74,7 @@ def documents(
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
     source_files = _source_files(source, tokenizer, data, ends)
-    identity = {"files": _digest(source_files), "order": _order(data), "text_key": source.text_key}
+    identity = _identity(source_files, source, data)
 
     def state_at(point: ResumePoint) -> State:
         return {**asdict(point), "name": source_files[point.part].name, **identity}
@@ -197,8 +197,24 @@ def _digest(source_files: tuple[SourceFile, ...]) -> str:
     return hashlib.sha256(repr([file.name for file in source_files]).encode()).hexdigest()[:12]
 
 
+def _identity(source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings) -> State:
+    """Return what a resumed run compares: the files, their order and, where records have keys, the key of the text."""
+    has_keys = source.name or any(".jsonl" in file.name or ".parquet" in file.name for file in source_files)
+    key = {"text_key": source.text_key} if has_keys and not data.conversations else {}
+    return {"files": _digest(source_files), "order": _order(data), **key}
+
+
 def _order(data: DataSettings) -> list[int]:
     return [data.shuffle, data.seed] if data.shuffle else [0, 0]
+
+
+def _capitals(source_files: tuple[SourceFile, ...]) -> str:
+    """Return a hint if a file's name ends in capitals, such as .TXT: version 0.2 left such files of a folder out."""
+    names = [file.name.partition(" (")[0] for file in source_files]
+    found = [name for name in names if not name.endswith(READABLE) and name.lower().endswith(READABLE)]
+    return (
+        f" (version 0.2 left out {found[0]}: to leave it out, give a pattern such as 'FOLDER/*.txt')" if found else ""
+    )
 
 
 def _resume_point(
@@ -214,18 +230,19 @@ def _resume_point(
     if point.part >= len(source_files) or state["name"] != source_files[point.part].name:
         raise ValueError(
             f"the run stopped in {state['name']}, which {source} no longer has at that place: "
-            "restore the files, or start a new run"
+            f"restore the files, or start a new run{_capitals(source_files)}"
         )
     if state["files"] != _digest(source_files):
         raise ValueError(
             f"the files of {source} have changed in name or size since the run stopped: "
-            "restore them, or start a new run"
+            f"restore them, or start a new run{_capitals(source_files)}"
         )
     if state["order"] != _order(data):
         shuffle, seed = state["order"]
         raise ValueError(
             f"the state to resume from needs data.shuffle={shuffle} data.seed={seed}: use these, or start a new run"
         )
-    if (text_key := state.get("text_key", source.text_key)) != source.text_key:  # version 0.1 did not save it
+    text_key = state.get("text_key", source.text_key)  # version 0.2 did not save it
+    if text_key != source.text_key:
         raise ValueError(f"the state to resume from needs text_key={text_key} for {source}: use it, or start a new run")
     return point

@@ -43,11 +43,12 @@ def _read_rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Re
         rows = deepcopy(rows)  # a stream object keeps its own position
         if stream_state:
             rows.load_state_dict(stream_state)
-        elif row:  # saved by a run that did not stream
-            rows = rows.skip(row)
     else:
         rows = rows.select(range(row, len(rows)))
     remaining = iter(rows)
+    if source.streaming and not stream_state:
+        for _ in range(row):  # read by a run that did not stream; `skip` would give another kind of state
+            next(remaining, None)
     while True:
         where = f"dataset {source}, row {row}"
         try:

@@ -45,7 +45,8 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
-        before, used = (state["documents"], state["used"]) if state else (start_of(documents), 0)
+        before, used = (state["documents"], state["used"]) if state else (None, 0)
+        before = before or start_of(documents)  # version 0.2 wrote None inside the first document
         pieces: list[PackedSequence] = []
         missing = length
         rest = torch.empty(2, 0, dtype=torch.int32)  # the document's tokens that are in no sequence yet, and `learned`
@@ -88,7 +89,8 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
-        before, used = (state["documents"], state["used"]) if state else (start_of(documents), 0)
+        before, used = (state["documents"], state["used"]) if state else (None, 0)
+        before = before or start_of(documents)  # version 0.2 wrote None inside the first document
         if used:
             raise ValueError(
                 "the state to resume from has cut a conversation: use data.conversations=split, or start a new run"

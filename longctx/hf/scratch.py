@@ -127,25 +127,18 @@ def config_for_context(
     Raises ValueError for a factor on a rotary embedding that is already scaled, and for a model in which each type of
     layers has a separate rotary embedding.  Also raises ValueError as `read_config` does.
     """
-    config = read_config(source / "config.json")
+    config, stated = read_config(source / "config.json"), json.loads((source / "config.json").read_text())
     if not (rope_theta or rope_factor):
-        return {"max_position_embeddings": max_positions, **_same_rotary(config)} if max_positions else {}
+        longer = {"max_position_embeddings": max_positions}
+        return {**longer, **_same_rotary(config, stated)} if max_positions else {}
     if family_of(config.model_type).rotary_by_layer_type:
         raise ValueError(
             "model.rope_theta and model.rope_factor: this model has a rotary embedding for each type of layers; "
             "change rope_parameters in a copy of its config.json"
         )
     rope = dict(config.rope_parameters)
-    if rope_factor and family_of(config.model_type).longrope_only:
-        raise ValueError(
-            f"model.rope_factor={rope_factor}: transformers' {config.model_type} takes neither a linear factor nor "
-            "YaRN; use model.rope_theta"
-        )
-    if rope_factor and rope["rope_type"] != "default":
-        raise ValueError(
-            f"model.rope_factor={rope_factor}: this model's rotary embedding is of type {rope['rope_type']} "
-            "already; use model.rope_theta"
-        )
+    if rope_factor:
+        _refuse_factor(rope_factor, config, rope["rope_type"])
     fields: dict[str, Any] = {"max_position_embeddings": max_positions} if max_positions else {}
     if rope_factor:
         fields.setdefault("max_position_embeddings", int(config.max_position_embeddings * rope_factor))
@@ -153,24 +146,52 @@ def config_for_context(
         if rope_type == "yarn":
             rope["original_max_position_embeddings"] = config.max_position_embeddings
     if rope_theta:
-        rope |= _same_rotary(config).get("rope_parameters", {}) | {"rope_theta": rope_theta}
+        rope |= _same_rotary(config, stated).get("rope_parameters", {}) | {"rope_theta": rope_theta}
     return {**fields, "rope_parameters": rope}
 
 
-def _same_rotary(config: Any) -> dict[str, Any]:
+def _refuse_factor(rope_factor: float, config: Any, rope_type: str) -> None:
+    """Raise ValueError if the rotary embedding of ``config``, of type ``rope_type``, cannot be scaled."""
+    if family_of(config.model_type).longrope_only:
+        raise ValueError(
+            f"model.rope_factor={rope_factor}: transformers' {config.model_type} takes neither a linear factor nor "
+            "YaRN; use model.rope_theta"
+        )
+    if rope_type != "default":
+        raise ValueError(
+            f"model.rope_factor={rope_factor}: this model's rotary embedding is of type {rope_type} "
+            "already; use model.rope_theta"
+        )
+
+
+def _same_rotary(config: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Return the field of config.json that makes a scaled rotary embedding independent of max_position_embeddings.
 
-    transformers takes the original length from there if the rotary embedding does not state it; LongRoPE also takes
-    its factor from the ratio of the two lengths.  The result is empty for an embedding that depends on neither.
+    transformers takes the original length from there if the file does not state it; LongRoPE also takes its factor from
+    the ratio of the two lengths.  ``stated`` is the file's content.  The result is empty if the file states all that
+    its rotary embedding needs, so that the fingerprint of such a model does not change.
+
+    Raises ValueError for a model that has a rotary embedding for each type of layers and lacks the original length.
     """
+    scaled = {"yarn": ("original_max_position_embeddings",), "llama3": ("original_max_position_embeddings",),
+              "longrope": ("original_max_position_embeddings", "factor")}  # fmt: skip
+    in_file = {**stated, **(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
     rope = dict(config.rope_parameters or {})
-    if rope.get("rope_type") not in ("yarn", "llama3", "longrope", "dynamic"):
+    if "rope_type" not in rope:  # by type of layers
+        by_type = [one for one in rope.values() if isinstance(one, Mapping)]
+        lacking = [one for one in by_type if set(scaled.get(one.get("rope_type", ""), ())) - set(one)]
+        if lacking:
+            raise ValueError(
+                "model.max_positions: the rotary embeddings of this model have no original_max_position_embeddings; "
+                "add it in a copy of its config.json"
+            )
         return {}
-    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    rope.setdefault("original_max_position_embeddings", original)
-    if rope["rope_type"] == "longrope":
-        rope.setdefault("factor", config.max_position_embeddings / rope["original_max_position_embeddings"])
-    return {"rope_parameters": rope}
+    needed = scaled.get(rope["rope_type"], ())
+    if all(name in in_file for name in needed):
+        return {}
+    original = in_file.get("original_max_position_embeddings") or config.max_position_embeddings
+    values = {"original_max_position_embeddings": original, "factor": config.max_position_embeddings / original}
+    return {"rope_parameters": {**rope, **{name: in_file.get(name) or values[name] for name in needed}}}
 
 
 def bytes_tokenizer() -> Any:

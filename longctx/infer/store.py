@@ -115,8 +115,9 @@ def refuse_place(folder: Path) -> None:
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Return True if ``folder`` has only files of a session; the session may be incomplete."""
-    return folder.is_dir() and all(is_session_file(file.name) for file in folder.iterdir())
+    """Return True if ``folder`` has only files of a session; the session, and the last file, may be incomplete."""
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else [""]
+    return all(is_session_file(name) or name.startswith(".tmp") for name in names)  # .tmp: safetensors writes there
 
 
 def load(session: Session, folder: Path, index: SessionIndex) -> None:

@@ -40,6 +40,15 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False, True),
+    "bad_words": ([],),
+    "priority": (0,),
+    "early_stopping": (False,),
+    "length_penalty": (1.0, 1),
+    "detokenize": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_strs": (False,),
 }
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -71,13 +80,12 @@ class RequestRefused(ValueError):
 class StreamOptions(BaseModel):
     """Options of a stream: with ``include_usage``, the last chunk has the number of tokens.
 
-    ``include_obfuscation`` is OpenAI's, and changes nothing here.
+    Other fields are accepted with the values that change nothing.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     include_usage: StrictBool = False
-    include_obfuscation: StrictBool | None = None
 
 
 class Body(BaseModel):
@@ -141,10 +149,11 @@ class ChatBody(Body):
 class TokenizeBody(BaseModel):
     """Body of /tokenize: a text, or messages of a conversation.
 
-    ``model`` may be left out; ``add_special_tokens`` acts on a text only.
+    ``model`` may be left out; ``add_special_tokens`` acts on a text only.  Other fields are accepted with the values
+    that change nothing.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
@@ -240,6 +249,7 @@ class Reader:
 
     def tokens(self, body: TokenizeBody) -> tuple[int, ...]:
         """Return the tokens of the text or of the conversation in ``body``."""
+        _refuse_fields(body)
         if body.model is not None:
             self._refuse_other_model(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -261,10 +271,9 @@ class Reader:
 
     def _refuse(self, body: Body) -> None:
         self._refuse_other_model(body.model)
-        for name, value in (body.model_extra or {}).items():
-            neutral = (None, *_NEUTRAL.get(name, ()))
-            if name not in _WITHOUT_EFFECT and not any(_same(value, one) for one in neutral):
-                raise RequestRefused(f"{name} is not implemented: leave it out", name)
+        _refuse_fields(body)
+        if body.stream_options:
+            _refuse_fields(body.stream_options)
 
     def _refuse_other_model(self, model: str) -> None:
         if model != self.model:
@@ -341,6 +350,14 @@ class Reader:
             self.shape.refuse_unknown_token(largest, param)
         except ValueError as error:
             raise RequestRefused(str(error), param) from error
+
+
+def _refuse_fields(body: BaseModel) -> None:
+    """Raise `RequestRefused` for a field that is not implemented and has a value that would change something."""
+    for name, value in (body.model_extra or {}).items():
+        neutral = (None, *_NEUTRAL.get(name, ()))
+        if name not in _WITHOUT_EFFECT and not any(_same(value, one) for one in neutral):
+            raise RequestRefused(f"{name} is not implemented: leave it out", name)
 
 
 def _same(value: object, other: object) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field, PositiveFloat
 from rich.table import Table
 
 from recipes.bench.spd_quality import IN_ORDER, RANKED
-from recipes.common.cli import console, write_result
+from recipes.common.cli import console, say, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_tradeoff
 from recipes.common.provenance import provenance
@@ -101,9 +101,9 @@ def prepare(config: DictConfig) -> TradeoffJob:
         qualities += perplexities(values, settings.text)
     if settings.report:
         values = read_json(settings.report, "report", ("average", "variants"), "eval.run")
-        baseline = next(iter(values["variants"].values()))
-        measured[f"report={settings.report}"] = baseline["model"], tp_of(baseline["mesh"])
-        qualities += accuracies(values)
+        tp = next(iter(measured.values()))[1]
+        measured[f"report={settings.report}"] = next(iter(values["variants"].values()))["model"], tp
+        qualities += accuracies(values, tp)
     refuse_other_model(measured)
     return TradeoffJob(settings, tuple(qualities), saved)
 
@@ -158,10 +158,11 @@ def perplexities(values: Mapping[str, Any], text: str | None) -> Iterator[Qualit
                 yield Quality(PERPLEXITY, label, variant["reduce"], share, 100 * expm1(loss - losses[RANKED][0]))
 
 
-def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
+def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
     """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost.
 
-    Variants on another mesh than the baseline's are left out.  Raises ValueError for a report of an older version, and
+    Variants with another number than ``tp`` of tensor-parallel ranks, or with context ranks, are left out; the baseline
+    may have any mesh.  Raises ValueError for a report of an older version, and
     for a baseline that drops or rounds reductions.
     """
     if not values["average"]:
@@ -172,8 +173,8 @@ def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
             raise ValueError("the report is of an older version: run eval.run again, which reuses the stored answers")
         if baseline["dropped"] or baseline["reduce"] != "float32":
             raise ValueError("the report's baseline drops or rounds reductions: evaluate the model without them first")
-        if variant["mesh"] != baseline["mesh"]:
-            continue  # the times are those of the baseline's mesh
+        if variant is not baseline and variant["mesh"] != f"tp={tp}":
+            continue  # the times are those of tp ranks
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
         yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)
@@ -187,6 +188,13 @@ def points_of(job: TradeoffJob) -> list[TradeoffPoint]:
         for quality in job.qualities
         if (quality.reduce, quality.dropped) in saved
     ]
+
+
+def say_untimed(job: TradeoffJob) -> None:
+    """Print which rounded reductions have a quality but no time, and are therefore left out."""
+    timed = {reduce for saved in job.saved.values() for reduce, _ in saved}
+    if untimed := sorted({quality.reduce for quality in job.qualities} - timed):
+        say(f"left out, since no latency file has their times (rows with this reduce): {'; '.join(untimed)}")
 
 
 def best_within(points: Sequence[TradeoffPoint], limit: float) -> TradeoffPoint | None:
@@ -232,6 +240,7 @@ def task(config: DictConfig) -> None:
     points = points_of(job)
     if not points:
         raise ValueError("no variant has both a quality and a time: give files of the same rivals and shares")
+    say_untimed(job)
     show(job, points)
     if job.settings.out:
         table_rows = [{"link": point.link, **asdict(point.quality), "saved": point.saved} for point in points]

@@ -68,12 +68,15 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
         )
 
 
-def refuse_other_rates(hardware: str, dtype: str) -> None:
-    """Raise ValueError for ``dtype`` float32 and a name of configs/machine, whose rates are for 16-bit numbers."""
+def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bfloat16") -> None:
+    """Raise ValueError for ``dtype`` float32 and a name of configs/machine, whose rates are for 16-bit numbers.
+
+    ``instead`` is the first remedy that the message names.
+    """
     if hardware in choices("machine") and dtype == "float32":
         raise ValueError(
-            f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use "
-            "model.dtype=bfloat16, or a file that recipes.calibrate wrote on the machine"
+            f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use {instead}, "
+            "or a file that recipes.calibrate wrote on the machine"
         )
 
 

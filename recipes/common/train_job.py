@@ -162,7 +162,7 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
     if settings.mlp_rows and target.shape.mixture:
         raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
     if settings.hardware:
-        refuse_other_rates(settings.hardware, target.model.dtype)
+        refuse_other_rates(settings.hardware, target.model.dtype, "hardware=null, model.dtype=bfloat16")
     if target.plan and target.plan.own_norms:
         raise ValueError(
             f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "

@@ -206,7 +206,7 @@ def train_steps(
     dtype, head_dim = target.model.dtype, target.shape.head_dim
     kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
     parallelism = context_parallel(runtime, state, job, kernel)
-    meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
+    meter = Meter(target.shape, target.mesh.ranks, runtime.device, timer, job.peak_flops)
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
     batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size, target.shape.end_tokens)
@@ -244,13 +244,13 @@ def _train_one(
     meter.begin()
     with memory or nullcontext():
         result = train_step(state, batch, runtime, parallelism)
-    cost = meter.end([n for lengths in batch.document_lengths for n in lengths])
+    cost = meter.end(batch.documents)
     figures: dict[str, float | None] = {"loss": result.loss, "grad_norm": result.grad_norm}
     figures |= {"tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
     figures |= {"comm/experts_bytes": result.experts_bytes} if runtime.ep.size > 1 else {}
     figures |= {"offloaded_bytes": parallelism.offload.peak} if parallelism.offload else {}
-    figures |= {**cost.figures(), "tokens_per_s": runtime.groups.dp.size() * cost.tokens / cost.seconds}
+    figures |= cost.figures()
     return figures, memory.largest_peak(runtime.world, runtime.device) if memory else None
 
 

@@ -84,6 +84,7 @@ def test_impossible_rates_of_a_layer_are_refused(name, value):
     ("change", "words"),
     [
         ({"gpus_per_node": 7.9}, "7.9 is not a whole number"),
+        ({"gpus_per_node": float("inf")}, "inf is not a whole number"),
         ({"gemm_flops": float("nan")}, "gemm_flops=nan"),
         ({"levels": "reversed"}, "give the smallest block of GPUs first"),
         ({"levels": "hop"}, "latency_s=nan"),

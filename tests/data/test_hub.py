@@ -35,6 +35,8 @@ def test_run_resumes_at_its_row_streamed_or_not(before, after, byte_tokenizer, t
         read_documents(replace(source, streaming=after), byte_tokenizer), state=json.loads(json.dumps(state))
     )
     assert given_texts(resumed, byte_tokenizer) == ["three", "four"]
+    again = take(read_documents(replace(source, streaming=after), byte_tokenizer), state=resumed[0][1])
+    assert given_texts(again, byte_tokenizer) == ["four"]
 
 
 def test_failing_stream_is_named_by_its_row(byte_tokenizer, tmp_path):

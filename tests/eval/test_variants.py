@@ -141,9 +141,10 @@ def test_repaired_variant_has_the_dtype_of_the_variant(base_config, tiny, tmp_pa
     _, plain, repaired = compose_variants(composed("mesh.tp=3", f"adapted={adapted}", variant))
     assert plain[1].model.dtype == repaired[1].model.dtype == "bfloat16"
     assert repaired[1].model.source == str(adapted)
-    other = f"variants=[{{name: a, model: {tiny}, spd: {{blocks: [0]}}}}]"
-    with pytest.raises(ValueError, match=r"a has a model, and adapted=.* is another one: leave one of them out"):
-        compose_variants(composed("mesh.tp=3", f"adapted={adapted}", other))
+    for model in (tiny, f"{{source: {tiny}}}"):
+        other = f"variants=[{{name: a, model: {model}, spd: {{blocks: [0]}}}}]"
+        with pytest.raises(ValueError, match=r"a has a model, and adapted=.* is another one: leave one of them out"):
+            compose_variants(composed("mesh.tp=3", f"adapted={adapted}", other))
 
 
 def test_order_is_measured_for_the_ranks_that_share_a_block(prepared):

@@ -12,6 +12,7 @@ from longctx.config import ModelSource
 from longctx.hf.checkpoint import tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
+from longctx.hf.scratch import config_for_context
 from tests.hf.test_locate import LLAMA3, SIZES, cached_folders, save_config
 from tests.megatron.kinds import random_model
 
@@ -135,6 +136,14 @@ def test_longer_context_leaves_a_scaled_rotary_embedding_as_it_is(rope, tmp_path
     (source / "config.json").write_text(json.dumps({**values, "rope_scaling": rope, "rope_theta": 10_000.0}))
     longer = shape_of(locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), max_positions=388)))
     assert longer.max_positions == 388 and longer.rotaries == shape_of(source).rotaries
+
+
+def test_longer_context_changes_one_field_if_the_original_length_is_stated(tmp_path):
+    """The file's fingerprint stays that of version 0.2, and with it sessions, runs and stored answers."""
+    source = save_config(tmp_path / "source", LlamaConfig(**SIZES, rope_parameters=LLAMA3))
+    assert config_for_context(source, 388, None, None) == {"max_position_embeddings": 388}
+    plain = save_config(tmp_path / "plain", LlamaConfig(**SIZES))
+    assert config_for_context(plain, 388, None, None) == {"max_position_embeddings": 388}
 
 
 def test_longer_context_leaves_longrope_as_it_is(tmp_path):

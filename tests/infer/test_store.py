@@ -60,7 +60,8 @@ def test_session_that_is_replaced_while_it_is_read(tmp_path):
 def test_other_folder_with_the_name_of_a_temporary_one_is_not_deleted(tmp_path, ending):
     beside = tmp_path / f"talk{ending}"
     beside.mkdir()
-    (beside / "ring0-heads0.safetensors").touch()
+    for name in ("ring0-heads0.safetensors", ".tmpXy12"):
+        (beside / name).touch()
     store.refuse_place(tmp_path / "talk")  # a killed process may leave this
     (beside / "thesis.txt").touch()
     with pytest.raises(ValueError, match=f"talk{ending} exists and is not a session, and saving to .* would delete it"):

@@ -148,7 +148,7 @@ def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, 
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(ring=2)], ids=str)
-def test_rows_of_a_scored_prompt_that_are_not_finite_fail_its_sequence_only(folder, tmp_path, mesh):
+def test_rows_of_a_scored_prompt_that_are_not_finite_fail_their_pass_and_not_the_server(folder, tmp_path, mesh):
     """The pass ends before the prompt does, so it chooses no token; every rank notices all the same."""
     scored = replace(SEQUENCES[2], score_prompt=True, sampling=replace(SEQUENCES[2].sampling, logprobs=2))
 

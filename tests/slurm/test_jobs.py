@@ -94,7 +94,7 @@ def test_pipeline_trains_adapts_and_evaluates_until_a_gate_fails(cluster, tmp_pa
     assert report["gate"] == {
         "variants": ["dropped repaired"], "strict": True, "failed": ["dropped repaired"], "passed": False
     }  # fmt: skip
-    assert "the gate failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
+    assert "the gate or a guard failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
     assert not (tmp_path / "never").exists()
 
 

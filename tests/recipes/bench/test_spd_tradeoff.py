@@ -71,7 +71,7 @@ def test_rounded_reductions_without_a_time_are_left_out(cli, files, tmp_path):
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     out = tmp_path / "points.json"
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, f"out={out}")
-    assert code == 0, err
+    assert code == 0 and "left out, since no latency file has their times (rows with this reduce): int6" in err
     assert len(json.loads(out.read_text())["points"]) == 2 * 4 * 3
 
 
