@@ -211,10 +211,9 @@ def _order(data: DataSettings) -> list[int]:
 def _capitals(source_files: tuple[SourceFile, ...]) -> str:
     """Return a hint if a file's name ends in capitals, such as .TXT: version 0.2 left such files of a folder out."""
     names = [file.name.partition(" (")[0] for file in source_files]
-    found = [name for name in names if not name.endswith(READABLE) and name.lower().endswith(READABLE)]
-    return (
-        f" (version 0.2 left out {found[0]}: to leave it out, give a pattern such as 'FOLDER/*.txt')" if found else ""
-    )
+    capitals = [name for name in names if not name.endswith(READABLE) and name.lower().endswith(READABLE)]
+    advice = "to leave it out, give a pattern such as 'FOLDER/*.txt'"
+    return f" (version 0.2 left out {capitals[0]}: {advice})" if capitals else ""
 
 
 def _resume_point(

@@ -88,13 +88,14 @@ def _planned(file: str) -> list[str]:
 
 
 def _plain(name: str, value: object) -> str:
-    """Return the ``value`` of setting ``name`` in Hydra's grammar.  Raises TypeError unless it is one plain value."""
+    """Return the ``value`` of setting ``name`` as a user types it.  Raises TypeError unless it is one plain value."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        return value if re.fullmatch(r"\w+", value) else quote(value)
+        as_typed = name in (*FREE_TEXT, *PATHS) or re.fullmatch(r"\w+", value)  # the former are quoted later
+        return value if as_typed else quote(value)
     raise TypeError(f"{name} is not a single value")
 
 

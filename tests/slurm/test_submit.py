@@ -84,11 +84,12 @@ def test_chat_needs_turns_that_a_job_can_take_once(refused, tmp_path):
     assert "it would take its turns again" in refused(*words, *both)
 
 
-def test_setting_that_a_recipe_pins_may_come_from_an_earlier_job(script, refused):
+def test_setting_that_a_recipe_pins_may_come_from_an_earlier_job(script):
     words = ("recipe=eval", "model=smollm2_135m", "eval.data=NOTYET", "folder=run", "after=5")
     assert "eval.data=NOTYET" in script(*words)
     other = "variants=[{name:a,mesh:{ring:1}}]"
-    assert "the job starts 2 ranks, but variant a has 1" in refused(*words, "mesh.ring=2", other)
+    with pytest.raises(ValueError, match="the job starts 2 ranks, but variant a has 1"):
+        submit.make_plans([*words, "mesh.ring=2", other])
 
 
 def test_refused_pipeline_leaves_no_folder(refused, tmp_path):

@@ -11,8 +11,8 @@ from recipes.common.spd_text import text_of
 
 @pytest.mark.parametrize(("last", "available"), [("drop", 6), ("pad", 7)])
 def test_sequences_of_an_incomplete_batch_count_and_those_that_only_fill_it_do_not(tiny, tmp_path, last, available):
-    """A text of six sequences of seven tokens, a token a byte, and a byte, which is a sequence if it is padded."""
-    (tmp_path / "text.txt").write_text("abcdefg" * 6 + "h")
+    """A text of six sequences of seven tokens, a token a byte, and two bytes, which are a sequence if it is padded."""
+    (tmp_path / "text.txt").write_text("abcdefg" * 6 + "hi")
     data = DataSettings((TextSource(str(tmp_path / "text.txt")),), 7, batch=4, epochs=1, end_token=False, last=last)
     target = SimpleNamespace(folder=tiny, shape=shape_of(tiny))
     assert (len(text_of(data, target, 5)), len(text_of(data, target, 5, more=9))) == (5, available)
