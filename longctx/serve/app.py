@@ -16,16 +16,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from longctx.serve.bodies import ChatBody, CompletionBody, RequestRefused, TokenizeBody, describe_invalid
 from longctx.serve.metrics import Metrics
-from longctx.serve.request import (
-    Ask,
-    ChatBody,
-    CompletionBody,
-    Reader,
-    RequestRefused,
-    TokenizeBody,
-    describe_invalid,
-)
+from longctx.serve.request import Ask, Reader
 from longctx.serve.response import Choice, Form, Json, error, model_list
 from longctx.serve.schedule import NewSequence
 from longctx.serve.service import Emit, Failure, Token

@@ -14,8 +14,9 @@ from longctx.config import Sampling
 from longctx.hf.config import shape_of
 from longctx.infer.sample import TokenLogprob
 from longctx.serve.app import Front, make_app
+from longctx.serve.bodies import RequestRefused
 from longctx.serve.metrics import Metrics
-from longctx.serve.request import Reader, RequestRefused
+from longctx.serve.request import Reader
 from longctx.serve.schedule import NewSequence
 from longctx.serve.service import Emit, Failure, Token
 from tests.tiny import tiny_model, tiny_tokenizer

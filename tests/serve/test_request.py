@@ -9,14 +9,8 @@ from pydantic import ValidationError
 
 from longctx.config import Sampling
 from longctx.hf.config import shape_of
-from longctx.serve.request import (
-    ChatBody,
-    CompletionBody,
-    Reader,
-    RequestRefused,
-    TokenizeBody,
-    describe_invalid,
-)
+from longctx.serve.bodies import ChatBody, CompletionBody, RequestRefused, TokenizeBody, describe_invalid
+from longctx.serve.request import Reader
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEMPLATE = (

@@ -1,0 +1,174 @@
+"""Bodies of requests in the form of OpenAI's API, and the fields that are accepted without being implemented."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from longctx.config.run import SAMPLING_RANGES
+
+_MOST_CHOICES = 128
+# Fields of OpenAI's that change nothing here.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+}  # fmt: skip
+# Values with which a field of OpenAI's or vLLM's that is not implemented changes nothing, besides null.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (True,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False, True),
+    "bad_words": ([],),
+    "priority": (0,),
+    "early_stopping": (False,),
+    "length_penalty": (1.0, 1),
+    "detokenize": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_strs": (False,),
+}
+
+TokenId = Annotated[StrictInt, Field(ge=0)]
+
+
+def _shown(**bounds: float) -> Any:
+    """Return the `Field` of a number whose ``bounds`` are shown in /openapi.json; `Sampling` checks them."""
+    return Field(allow_inf_nan=False, json_schema_extra=dict(bounds))
+
+
+def _shown_range(setting: str) -> Any:
+    """Return `_shown` with the range of a ``setting`` of sampling."""
+    least, most, _ = SAMPLING_RANGES[setting]
+    return _shown(minimum=least, maximum=most)
+
+
+class RequestRefused(ValueError):
+    """A request that cannot be answered; the message says what to change.
+
+    ``param`` names the request's field, ``status`` is the HTTP status, and ``code`` OpenAI's error code.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream: with ``include_usage``, the last chunk has the number of tokens.
+
+    Other fields are accepted with the values that change nothing.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: StrictBool = False
+
+
+class Body(BaseModel):
+    """Fields that completions and chat completions share; ``top_k`` to ``stop_token_ids`` are not OpenAI's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr
+    temperature: Annotated[float, _shown(minimum=0)] | None = None
+    top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
+    presence_penalty: Annotated[float, _shown_range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _shown_range("frequency_penalty")] | None = None
+    seed: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: Annotated[StrictInt, Field(json_schema_extra={"minimum": -1})] | None = None
+    min_p: Annotated[float, _shown_range("min_p")] | None = None
+    repetition_penalty: Annotated[float, _shown_range("repetition_penalty")] | None = None
+    stop_token_ids: list[TokenId] | None = None
+
+
+class CompletionBody(Body):
+    """Body of /v1/completions: one prompt or several, each as text or as tokens."""
+
+    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation; its content is a text, or a list of parts of type ``text``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message with its content as one text.  Raises `RequestRefused` for other parts than text."""
+        parts = self.content
+        if not isinstance(parts, str):
+            for part in parts:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise RequestRefused(f"a part of type {part.get('type')} is not implemented: use text", "messages")
+            parts = "".join(part["text"] for part in parts)
+        return {**(self.model_extra or {}), "role": self.role, "content": parts}
+
+
+class ChatBody(Body):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(BaseModel):
+    """Body of /tokenize: a text, or messages of a conversation.
+
+    ``model`` may be left out; ``add_special_tokens`` acts on a text only.  Other fields are accepted with the values
+    that change nothing.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: StrictBool = True
+
+
+def refuse_fields(body: BaseModel) -> None:
+    """Raise `RequestRefused` for a field that is not implemented and has a value that would change something."""
+    for name, value in (body.model_extra or {}).items():
+        neutral = (None, *_NEUTRAL.get(name, ()))
+        if name not in _WITHOUT_EFFECT and not any(_same(value, one) for one in neutral):
+            raise RequestRefused(f"{name} is not implemented: leave it out", name)
+
+
+def _same(value: object, other: object) -> bool:
+    """Return True for equal values of one type: False does not equal 0."""
+    return type(value) is type(other) and value == other
+
+
+def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Return the message and the field of the first of pydantic's ``errors``; the field is None for a broken body."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    field = place[0] if place and not place[0].isdigit() else None  # a number counts characters of broken JSON
+    return f"{'.'.join(place) or 'the body'}: {first['msg']}", field
