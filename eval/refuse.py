@@ -16,7 +16,7 @@ from recipes.common.cli import refuse_other_world
 from recipes.common.settings import section
 
 if TYPE_CHECKING:
-    from eval.job import EvalConfig
+    from eval.settings import EvalConfig
 
 
 def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:

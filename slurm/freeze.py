@@ -58,7 +58,7 @@ def _source_files() -> list[str]:
 
 def _is_in_job(name: str) -> bool:
     """Return True if the untracked file ``name`` is in the folder of a job: an earlier copy of the source."""
-    return any((ROOT / folder / "job.sbatch").is_file() for folder in Path(name).parents if folder.name != "slurm")
+    return any((ROOT / folder / "job.sbatch").is_file() for folder in Path(name).parents if folder != Path("slurm"))
 
 
 def _git_files(*options: str) -> list[str]:

@@ -15,8 +15,7 @@ class Entry(TypedDict, total=False):
     """A line of the file: one ``answer`` with its request's ``key``, or what the answers above it cost.
 
     The cost is ``tokens`` and ``seconds`` of a number of ``requests``, with the settings ``speed`` that change the
-    speed and not the answers.  A written line also has ``crc32``, the checksum
-    of its other keys.
+    speed and not the answers.  A written line also has ``crc32``, the checksum of its other keys.
     """
 
     key: str

@@ -78,13 +78,12 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
 
 def _refuse_no_choice(record: TaskRecord) -> None:
     """Raise ValueError unless the record's right answer is a number of one of its choices, from 0."""
-    for name in ("gold", "answer"):
-        choices = record.get("choices") or record.get("context_options") or [0] * (name == "gold") * 2
-        if name not in record or not choices:
-            continue
-        right = record[name]
-        if type(right) is not int or not 0 <= right < len(choices):
-            raise ValueError(f"{name} is {right!r}, and not the number of one of {len(choices)} choices, from 0")
+    choices = record.get("choices") or record.get("context_options") or ()
+    count = len(choices) or 2  # questions of yes or no list no choices
+    for name in ("gold", "answer") if choices else ("gold",):  # without choices, an answer is a text
+        right = record.get(name, 0)
+        if type(right) is not int or not 0 <= right < count:
+            raise ValueError(f"{name} is {right!r}, and not the number of one of {count} choices, from 0")
 
 
 def _read_json_lines(path: Path) -> list[TaskRecord]:

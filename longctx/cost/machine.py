@@ -1,15 +1,14 @@
 """Constants of a machine with many GPUs, for plans: compute rates, and the links between GPUs.
 
-The files of configs/machine/ list the constants with their sources.  `machine_of` reads these files, and also the file
-that ``python -m recipes.calibrate`` writes on one node.
+The files of configs/machine/ list the constants with their sources; `longctx.cost.machine_file` reads them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from longctx.cost.hardware import Hardware, Link, hardware_of, link_of, refuse_impossible, refuse_unknown
+from longctx.cost.hardware import Hardware, Link, refuse_impossible
 from longctx.cost.reduction import all_reduce_seconds, reduction_seconds
 
 
@@ -235,100 +234,3 @@ class Machine:
         """
         level = self.level(ranks, 1)
         return reduction_seconds(int(rows), width, ranks, level.reduce_step_s, level.reduce_bytes_per_s, dtype)
-
-
-def machine_of(values: Any, source: str) -> Machine:
-    """Return the `Machine` in the parsed YAML ``values`` of configs/machine/ or of recipes.calibrate.
-
-    ``source`` names the file in errors.  Raises ValueError, with the field and the fix, for a missing or unknown field
-    or a value of the wrong type or range.
-    """
-    if not isinstance(values, Mapping) or "levels" not in values:
-        return replace(_one_node(hardware_of(values, source), source), errors=errors_of(values, source))
-    try:
-        # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants.
-        refuse_unknown(values, ["fitted", *(one.name for one in fields(Machine))], "a machine")
-        levels = [_level_of(one) for one in values["levels"]]
-        errors = errors_of(values, source)
-        # 2. Convert the numbers.
-        whole = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
-        others = ("fitted", "levels", "errors")
-        given = {name: value for name, value in values.items() if name not in others and value is not None}
-        plain: dict[str, Any] = {name: (_whole if name in whole else float)(value) for name, value in given.items()}
-        return Machine(levels=levels, errors=errors, **plain)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source} does not describe a machine ({error}): copy a file of configs/machine and change its numbers, "
-            "or measure this machine with python -m recipes.calibrate out=FILE.yaml"
-        ) from error
-
-
-def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
-    """Return the `Accuracy` by kind of work, from the section ``errors`` in the ``values`` of a machine's YAML file.
-
-    Without the section, the result is empty.  ``source`` names the file in errors.  Raises ValueError if the section
-    cannot be read.
-    """
-    try:
-        return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source}: its section errors cannot be read ({error}): delete the section, then write it again with "
-            "python -m recipes.bench times hardware=FILE.yaml record=true only=[prefill,decode,train,four_ranks]"
-        ) from error
-
-
-def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
-    """Return the `Accuracy` that ``values`` of a YAML file describe."""
-    refuse_unknown(values, [one.name for one in fields(Accuracy)], "an accuracy")
-    element_bytes = int(values.get("element_bytes", Accuracy.element_bytes))
-    return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
-
-
-def _whole(value: Any) -> int:
-    """Return ``value`` as a whole number.  Raises ValueError if it has a fraction."""
-    if not float(value).is_integer():
-        raise ValueError(f"{value} is not a whole number")
-    return int(value)
-
-
-def _level_of(values: Mapping[str, Any]) -> Level:
-    """Return the `Level` that ``values`` of a YAML file describe."""
-    refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
-    return Level(
-        name=str(values["name"]),
-        ranks=_whole(values["ranks"]),
-        hop=link_of(values["hop"]),
-        exchange=link_of(values["exchange"]),
-        step_s=None if values.get("step_s") is None else float(values["step_s"]),
-        gather=link_of(values["gather"]) if values.get("gather") else None,
-        reduce=link_of(values["reduce"]) if values.get("reduce") else None,
-    )
-
-
-def _one_node(measured: Hardware, source: str) -> Machine:
-    """Return a machine of one node with the constants ``measured`` on a ring; the ring's links connect all ranks.
-
-    ``source`` names the file in errors.  Raises ValueError if ``measured`` lacks the rates outside attention.
-    """
-    layer = measured.layer
-    if layer is None:
-        raise ValueError(
-            f"{source} has no field 'layer', which predictions need: measure again with python -m recipes.calibrate "
-            "out=FILE.yaml, on a mesh with mesh.tp=1 and with a dense model"
-        )
-    return Machine(
-        levels=[Level("between ranks", 2**31, measured.hop, measured.exchange, None, layer.gather, layer.reduce)],
-        gpus_per_node=2**31,
-        gemm_flops=layer.gemm_flops,
-        attention_flops=measured.flops,
-        memory_bytes_per_s=layer.weight_bytes_per_s,
-        kv_bytes_per_s=measured.kv_bytes_per_s,
-        overlap=measured.overlap,
-        block_s=measured.block_s,
-        step_s=0.0,
-        layer_s=layer.layer_s,
-        peak_flops=measured.peak_flops,
-        ranks_at_once=measured.ranks_at_once,
-        backward=measured.backward,
-    )

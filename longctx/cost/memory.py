@@ -129,15 +129,18 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
         partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
                      attention keeps the output once, in 16 bits: 4 q.
         ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
-        experts      k (4 F e + e times the full hidden size): each of k chosen experts also copies the row.  If ranks
-                     divide the experts, the formula assumes that all ranks get equally many rows.
+        experts      k (6 F e + 2 H e + e times the full hidden size): each of k chosen experts keeps two more numbers
+                     per neuron than a dense network, copies the row, and has two outputs.  The counts fit one rank and
+                     tp = 2 of Mixtral and Qwen3.  If ranks divide the experts, the formula assumes that all ranks get
+                     equally many rows.
     """
     e, hidden = numbers.element, shape.hidden / mesh.tp
     own_layers = {"fused": 0, "cuda": 1, "cpu": 1}[work.operations]
     heads, tensors = shape.heads / mesh.tp, 3 + own_layers if shape.gated else 2
     mixed, experts = expert_layers(shape) / shape.layers, 0.0
     if shape.mixture:
-        experts = mixed * shape.mixture.per_token * ((tensors + 2) * shape.mixture.ffn / mesh.tp + 3 * shape.hidden)
+        of_one = (tensors + 2) * shape.mixture.ffn / mesh.tp + shape.hidden + 2 * hidden
+        experts = mixed * shape.mixture.per_token * of_one
     kv_heads = max(1, shape.kv_heads / mesh.tp, mesh.ulysses)
     queries, keys = heads * shape.head_dim, kv_heads * shape.head_dim
     views = own_layers * (queries + keys) if mesh.ulysses == 1 else 0

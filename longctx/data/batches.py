@@ -23,9 +23,8 @@ class Batch:
 
     A piece is a part of one document, or padding.  ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.
     ``counted`` is the number of targets with a loss in the whole batch, over all data-parallel ranks.  Sums of losses
-    are divided by it, so that the loss does not depend on how ranks share the batch.  ``padding[i]`` is the number of
-    padding tokens of sequence i, which are its last piece.  ``documents`` has the lengths of all pieces of documents in
-    the whole batch, over all data-parallel ranks, without padding.
+    are divided by it, so that the loss does not depend on how ranks share the batch.  ``documents`` has
+    the lengths of the pieces of documents, without padding, of each sequence in the whole batch.
     """
 
     tokens: Tokens
@@ -33,14 +32,7 @@ class Batch:
     mask: Bool[Tensor, "b s"]
     lengths: tuple[tuple[int, ...], ...]
     counted: int
-    padding: tuple[int, ...] = ()
-    documents: tuple[int, ...] = ()
-
-    @property
-    def document_lengths(self) -> tuple[tuple[int, ...], ...]:
-        """``lengths`` without the pieces of padding."""
-        padded = self.padding or (0,) * len(self.lengths)
-        return tuple(each[:-1] if one else each for each, one in zip(self.lengths, padded, strict=True))
+    documents: tuple[tuple[int, ...], ...] = ()
 
 
 def training_batches(
@@ -107,8 +99,7 @@ def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
         torch.stack([row.mask for row in mine]),
         tuple(row.lengths for row in mine),
         sum(int(row.mask.sum()) for row in rows),
-        tuple(row.padding for row in mine),
-        tuple(n for row in rows for n in (row.lengths[:-1] if row.padding else row.lengths)),
+        tuple(row.lengths[:-1] if row.padding else row.lengths for row in rows),
     )
 
 

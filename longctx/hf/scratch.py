@@ -146,7 +146,8 @@ def config_for_context(
         if rope_type == "yarn":
             rope["original_max_position_embeddings"] = config.max_position_embeddings
     if rope_theta:
-        rope |= _same_rotary(config, stated).get("rope_parameters", {}) | {"rope_theta": rope_theta}
+        same = _same_rotary(config, stated) if max_positions else {}
+        rope |= {**same.get("rope_parameters", {}), "rope_theta": rope_theta}
     return {**fields, "rope_parameters": rope}
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longctx.parallel.comm import Comm
 
 _WAIT_S = 2.0  # far below any run.timeout_minutes
+_TERMINAL = Path("/dev/tty")
 
 
 class TurnFigures(TypedDict, total=False):
@@ -65,9 +66,7 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
         if world.rank == 0:
             console.print("you ", style="bold", end="")
         # A rank's own standard input is closed; the terminal is still available.
-        with (
-            Path("/dev/tty").open(encoding="utf-8", errors="replace") if world.rank == 0 else nullcontext() as terminal
-        ):
+        with _TERMINAL.open(encoding="utf-8", errors="replace") if world.rank == 0 else nullcontext() as terminal:
             text, size = b"", -1
             while size < 0:  # a message to all ranks after each wait: no rank reaches its time limit
                 typed = _typed_line(terminal) if terminal else b""

@@ -8,7 +8,8 @@ import yaml
 
 from longctx.config import Mesh
 from longctx.cost.hardware import Hardware, hardware_of
-from longctx.cost.machine import Accuracy, Machine, machine_of
+from longctx.cost.machine import Accuracy, Machine
+from longctx.cost.machine_file import machine_of
 from recipes.common.cli import threads_here
 from recipes.common.overrides import CONFIGS, choices
 

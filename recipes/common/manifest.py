@@ -54,7 +54,7 @@ class Manifest(TypedDict, total=False):
     began: str
 
 
-LINES = ("metrics.jsonl", "tables.jsonl")  # which the first line of a new run replaces
+REPLACED_FILES = ("metrics.jsonl", "tables.jsonl")  # which the first line of a new run replaces
 
 # Fields that other recipes read -> their types.
 _KINDS = {"module": str, "out": str, "folder": str, "diff": str, "overrides": list, "config": dict, "data": dict,
@@ -123,7 +123,7 @@ def lock_of(out: Path) -> Path:
     return lock_beside(out) if is_file_name(str(out)) else out / ".lock"
 
 
-def refuse_other_recipe(out: str | None, recipe: str, replaces: Iterable[str] = LINES) -> None:
+def refuse_other_recipe(out: str | None, recipe: str, replaces: Iterable[str] = REPLACED_FILES) -> None:
     """Raise ValueError if ``out`` belongs to a recipe other than ``recipe``, or is a file that no recipe wrote.
 
     A folder without a manifest belongs to no recipe.  It is refused if it is the folder of a model, or has one of the

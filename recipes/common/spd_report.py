@@ -32,11 +32,11 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
     Raises ValueError, with the fix, for any other text, and for a report whose baseline is not the model named
     ``model``.
     """
-    if re.fullmatch(r"[-+.\deE]+", setting):
-        try:
-            share = float(setting)
-        except ValueError:
-            share = -1.0
+    try:
+        share = float(setting)
+    except ValueError:  # a path
+        share = None
+    if share is not None:
         if not 0 <= share <= 1:
             raise ValueError(
                 f"allowed_drop={setting} is not a share: use a number from 0 to 1, or a report.json of eval.run"

@@ -15,7 +15,7 @@ from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
 from recipes.common.hardware_file import read_rates, refuse_other_rates
-from recipes.common.manifest import LINES, refuse_other_recipe
+from recipes.common.manifest import REPLACED_FILES, refuse_other_recipe
 from recipes.common.places import refuse_folder_in_memory, refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_config, as_dict, section, top_level
@@ -114,7 +114,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     # 1. The model, its mesh and how it runs.
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
-    refuse_other_recipe(settings.out, recipe, (*LINES, "model"))
+    refuse_other_recipe(settings.out, recipe, (*REPLACED_FILES, "model"))
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
@@ -246,7 +246,7 @@ def first_sequences(
         )
     target.shape.refuse_unknown_token(int(first[0].tokens.max()))
     refuse_nothing_to_learn(first[0].counted, f"{', '.join(map(str, data.sources))}: the first batch")
-    rows = zip(first[0].tokens, first[0].document_lengths, strict=True)
+    rows = zip(first[0].tokens, first[0].documents, strict=True)
     return tuple((sum(each), len(each), tokenizer.decode(ids[: min(128, sum(each))].tolist())) for ids, each in rows)
 
 

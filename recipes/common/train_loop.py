@@ -244,7 +244,7 @@ def _train_one(
     meter.begin()
     with memory or nullcontext():
         result = train_step(state, batch, runtime, parallelism)
-    cost = meter.end(batch.documents)
+    cost = meter.end([n for lengths in batch.documents for n in lengths])
     figures: dict[str, float | None] = {"loss": result.loss, "grad_norm": result.grad_norm}
     figures |= {"tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
@@ -287,9 +287,8 @@ def evaluate_held_out(
 
     buckets = job.evaluation.buckets
     sums = evaluate(state, held_out, runtime, parallelism, buckets)
-    edges = [
-        -(-job.data.length * (i + 1) // buckets) for i in range(buckets)
-    ]  # rounded up: the first of the next range
+    # Rounded up: a range ends before the first position of the next one.
+    edges = [-(-job.data.length * (i + 1) // buckets) for i in range(buckets)]
     by_position = {
         f"eval/perplexity_to_{edge}": None if loss is None else perplexity(loss)
         for edge, loss in zip(edges, sums.means, strict=True)

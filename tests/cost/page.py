@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from longctx.cost.machine import machine_of
+from longctx.cost.machine_file import machine_of
 from recipes.bench.times_report import covering_error
 from tests.cost.predict import (
     ROOT,

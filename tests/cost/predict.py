@@ -17,7 +17,8 @@ from scipy.optimize import least_squares
 from longctx.config import Mesh
 from longctx.cost.attention import COSTS, block_seconds, ulysses_seconds
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost, ring_works
-from longctx.cost.machine import Machine, machine_of
+from longctx.cost.machine import Machine
+from longctx.cost.machine_file import machine_of
 from longctx.cost.step import StepWork, step_cost
 from longctx.cost.training import train_flops
 from longctx.model_shape import ModelShape

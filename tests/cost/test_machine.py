@@ -10,7 +10,8 @@ import yaml
 from longctx.config import Mesh
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.cost.hardware import LayerRates, Link
-from longctx.cost.machine import Level, Machine, machine_of
+from longctx.cost.machine import Level, Machine
+from longctx.cost.machine_file import machine_of
 from longctx.cost.step import StepWork, step_cost
 from longctx.model_shape import ModelShape
 from recipes.common.overrides import CONFIGS

@@ -8,7 +8,7 @@ import yaml
 
 from longctx.config import Mesh
 from longctx.cost.forward import Numbers, decode_cost, forward_flops, prefill_cost
-from longctx.cost.machine import machine_of
+from longctx.cost.machine_file import machine_of
 from longctx.cost.memory import inference_bytes, step_bytes
 from longctx.cost.step import StepWork
 from tests.cost.page import PAGE, rows_table

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval.job import EvalConfig, EvalSettings, pinned
+from eval.job import pinned
 from eval.run import files_read
+from eval.settings import EvalConfig, EvalSettings
 from eval.speed import SpeedSettings
 from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes.common import cli as recipe_cli

@@ -1,20 +1,26 @@
 """recipes.chat: a conversation is the same on any mesh and across a save; bad input is refused and loses nothing."""
 
 import json
+import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from longctx.config import Sampling
 from longctx.data.turns import UserTurn
 from longctx.hf.config import tokenizer_of
 from longctx.infer.session_index import write_index
 from longctx.parallel.launch import RankFailed, run_ranks
+from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
 from recipes import chat
-from recipes.common.conversation import take_turn
+from recipes.common import conversation
+from recipes.common.conversation import take_turn, typed_turns
 from recipes.common.lock import hold, lock_beside
 from tests.recipes.conftest import SAVED
 
@@ -301,3 +307,29 @@ def test_malformed_turns_are_refused(refused, tiny, tmp_path, line, words):
 )
 def test_wrong_settings_are_refused(refused, tiny, turns, setting, words):
     assert words in refused(chat, chat.task, f"model={tiny}", f"turns={turns}", setting)
+
+
+def test_ranks_hear_from_the_first_while_nobody_types(monkeypatch):
+    """A person may think for longer than a rank waits for a message."""
+    typist, terminal = os.openpty()
+    monkeypatch.setattr(conversation, "_TERMINAL", Path(os.ttyname(terminal)))
+    monkeypatch.setattr(conversation, "_WAIT_S", 0.05)
+
+    def listen(ranks: ThreadWorld, rank: int) -> tuple[list[str], int]:
+        world, messages = ThreadComm(ranks, rank, (0, 1, 2)), []
+        counted = SimpleNamespace(
+            rank=world.rank, size=world.size, all_gather=lambda *args: messages.append(1) or world.all_gather(*args)
+        )
+        return [turn.text for turn in typed_turns(counted, 5, torch.device("cpu"))], len(messages)
+
+    def type_slowly() -> None:
+        for line in ("hello there", "ünd?", ""):
+            time.sleep(0.4)
+            os.write(typist, f"{line}\n".encode())
+
+    typing = threading.Thread(target=type_slowly)
+    typing.start()
+    heard = run_threads(3, listen)
+    typing.join()
+    assert [texts for texts, _ in heard] == [["hello there", "ünd?"]] * 3
+    assert len({count for _, count in heard}) == 1 and heard[0][1] > 10

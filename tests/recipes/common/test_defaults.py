@@ -61,7 +61,7 @@ TOP_LEVEL = {
     "calibrate": "recipes.calibrate.CalibrateSettings",
     "chat": "recipes.chat.ChatSettings",
     "doctor": "recipes.doctor.DoctorSettings",
-    "evaluate": "eval.job.EvalSettings",
+    "evaluate": "eval.settings.EvalSettings",
     "export": "recipes.export.ExportSettings",
     "generate": "recipes.generate.GenerateSettings",
     "models": "recipes.models.ModelsSettings",
@@ -75,7 +75,7 @@ TOP_LEVEL = {
 SECTIONS = {
     ("chat", "session"): "recipes.chat.SessionPaths",
     ("eval_speed", "speed"): "eval.speed.SpeedSettings",
-    ("evaluate", "eval"): "eval.job.EvalConfig",
+    ("evaluate", "eval"): "eval.settings.EvalConfig",
     ("generate", "prompt"): PromptSource,
     ("pretrain", "evaluate"): "recipes.common.train_job.Evaluation",
     ("pretrain", "checkpoint"): "recipes.common.train_job.Saving",

@@ -168,7 +168,7 @@ def owned(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_place_of_another_recipe_is_refused(out, recipe, words):
-    replaces = (*manifest.LINES, "model")
+    replaces = (*manifest.REPLACED_FILES, "model")
     if words is None:
         manifest.refuse_other_recipe(out, recipe, replaces)
         return

@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from eval.job import EvalConfig
+from eval.settings import EvalConfig
 from longctx import config as sections
 from longctx.config import DataSettings, ModelSource, Optim, Sampling
 from recipes import calibrate, export, extend, generate, pretrain, spd_adapt, spd_sensitivity
