@@ -6,10 +6,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from eval.variants import Variant
+from longctx.config.spd import SPD
 from longctx.parallel.launcher import current_rank
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
 from recipes.common.cli import compose_config, is_first, leave_stopped, on_every_rank, say
+from recipes.common.settings import section
 
 Named = tuple[str, DictConfig]
 _LENGTH = 512  # tokens of a sequence of text
@@ -18,17 +20,26 @@ _LENGTH = 512  # tokens of a sequence of text
 def lacks_order(config: DictConfig) -> bool:
     """Return True if ``config`` drops a share of ranked blocks whose order is not known yet.
 
-    The order is known from the file spd.sensitivity, or from the plan in the model's folder.
+    The order is known from the file spd.sensitivity, or from the plan in the model's folder.  No order is needed for a
+    share of 0, or if one rank has all shares of a block.
     """
-    if config.spd.drop not in ("saved", "ranked") or config.spd.budget is None or config.spd.sensitivity:
+    if config.spd.drop not in ("saved", "ranked") or not config.spd.budget or config.spd.sensitivity:
+        return False
+    if _degree(config) == 1:
         return False
     source = config.model.get("source")
     return not (source and saved_plan(Path(source).expanduser()))
 
 
 def drop_none_yet(config: DictConfig) -> DictConfig:
-    """Return ``config`` with no block dropped if the order of its ranked blocks is not known yet, else unchanged."""
-    return _with_blocks(config, ()) if lacks_order(config) else config
+    """Return ``config`` with no block dropped if the order of its ranked blocks is not known yet, else unchanged.
+
+    Raises ValueError for a section ``spd`` that contradicts itself.
+    """
+    if not lacks_order(config):
+        return config
+    section(config, "spd", SPD)
+    return _with_blocks(config, ())
 
 
 def make_order_jobs(

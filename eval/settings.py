@@ -50,6 +50,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
+        if self.allowed_drop >= 1:
+            raise ValueError(
+                f"eval.allowed_drop={self.allowed_drop:g} allows every loss: use a share of all answers, such as 0.01 "
+                "for one percentage point"
+            )
 
     @property
     def folder(self) -> Path | None:

@@ -85,7 +85,7 @@ class ChatJob:
 def prepare(config: DictConfig) -> ChatJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.infer.session_index import read_index
-    from longctx.infer.store import refuse_place
+    from longctx.infer.store import refuse_place, whole_session
 
     target = resolve_target(
         config,
@@ -105,7 +105,8 @@ def prepare(config: DictConfig) -> ChatJob:
     session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
     index = None
     if session.load:
-        index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}", target.shape)
+        place = whole_session(absolute(session.load))
+        index = read_index(place, session_model, f"torch.{target.model.dtype}", target.shape)
         if "crc32" not in index:
             say(f"session.load={session.load} was saved by version 0.1: its index has no checksum and was not checked")
     if session.save:
@@ -149,12 +150,12 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
 def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
     """Hold the conversation on one rank and return the figures of every turn; the caller uses the first rank's.
 
-    After each turn the first rank prints the turn's figures.  All ranks then save the session if ``session.save`` is
-    set, and the first rank writes ``out`` if it is set.  A refused turn has ``error`` in its figures, and no session is
+    After each turn, all ranks save the session if ``session.save`` is set, and the first rank writes ``out`` if it is
+    set.  Then the first rank prints the turn's figures.  A refused turn has ``error`` in its figures, and no session is
     saved after it.
     """
     from longctx.infer.session import Session
-    from longctx.infer.store import load, save
+    from longctx.infer.store import load, save, whole_session
 
     target, turn_figures = job.target, list[TurnFigures]()
     with target.runtime(rank) as runtime:
@@ -171,18 +172,18 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
                 choose_decode=make_decode_chooser(runtime, target, engine),
             )
             if job.session.load and job.index:
-                load(session, absolute(job.session.load), job.index)
+                load(session, whole_session(absolute(job.session.load)), job.index)
         # 2. Take the turns, one after another.
         turns = job.turns or typed_turns(runtime.world, job.settings.max_new_tokens, runtime.device)
         for number, turn in enumerate(turns, 1):
             turn_figures.append(take_turn(session, turn, tokenizer_of(target.folder), shown=rank.rank == 0))
-            if rank.rank == 0:
-                show_turn(number, turn_figures[-1])
-            # 3. Save after each, because any may be the last one.
+            # 3. Save after each, because any may be the last one.  Print only then: the reader of stdout may have gone.
             if job.session.save and "error" not in turn_figures[-1]:
                 save(session, absolute(job.session.save), job.fingerprint)
             if job.settings.out and rank.rank == 0:
                 write_json(job.settings.out, {**job.origin, "turns": turn_figures})
+            if rank.rank == 0:
+                show_turn(number, turn_figures[-1])
     return turn_figures
 
 

@@ -264,7 +264,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
         ("ranks", f"{target.mesh.ranks} ({axes}), {figures.threads_per_rank} thread(s) each"),
         ("strategy", f"{context.strategy}, {context.layout}; decode {context.decode}"),
-        *[(f"decode, {n} sequence(s)", f"{name}: {why}") for n, (name, why) in (figures.decode_choices or {}).items()],
+        *[(f"decode, {n} sequence(s)", f"{name} ({why})") for n, (name, why) in (figures.decode_choices or {}).items()],
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         *([("reductions rounded", str(target.reduce))] if target.reduce else []),

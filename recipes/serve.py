@@ -28,7 +28,7 @@ from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_r
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.listening import listen, read_key, refuse_open_host
-from recipes.common.lock import hold, lock_beside
+from recipes.common.lock import hold
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.progress import Progress
 from recipes.common.settings import section, top_level
@@ -267,12 +267,12 @@ def hold_pages(job: ServeJob) -> Iterator[None]:
 
     Does nothing if no page is saved.  Raises ValueError if another server uses the folder.
     """
-    from longctx.serve.page_folder import write_origin
+    from longctx.serve.page_folder import LOCK, write_origin
 
     if job.origin is None or job.cache.folder is None:
         yield
         return
-    with hold(lock_beside(job.cache.folder), f"cache.save={job.cache.save}"):
+    with hold(job.cache.folder / LOCK, f"cache.save={job.cache.save}"):
         if is_first():
             write_origin(job.cache.folder, job.origin)
         yield

@@ -231,11 +231,13 @@ def refuse_other_run(job: AdaptJob) -> None:
             )
     place, _ = checkpoint_index.latest_whole(job.joint_folder)
     if place and job.joint.steps:
-        # The state's metadata also has the order of blocks, losses and file sizes, which may differ.
+        # The state's metadata also has the order of blocks, losses and file sizes, which may differ.  A state of an
+        # earlier version has no joint_text_sha256.
+        state = checkpoint_index.read_metadata(place)
         changed = [
             key
-            for key in changed_keys(checkpoint_index.read_metadata(place), job.about_joint)
-            if key in job.about_joint
+            for key in changed_keys(state, job.about_joint)
+            if key in job.about_joint and (key in state or key != "joint_text_sha256")
         ]
         if changed:
             raise ValueError(f"{place} was trained with other values of {', '.join(changed)}: use another out=")

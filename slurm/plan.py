@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from longctx.config import Mesh
 from recipes.common.cli import compose_config, say
 from recipes.common.overrides import CONFIGS, as_overrides, expand_plan, literal, path_word
-from recipes.common.places import is_file_name, numbered_out, refuse_unwritable_folder
+from recipes.common.places import WRITTEN, is_file_name, numbered_out, refuse_unwritable_folder
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
 from slurm.settings import Launcher, SubmitSettings, absolute, refuse_line_breaks
@@ -197,7 +197,7 @@ def _tasks(
     """Yield every run of the sweep, or the only run.
 
     ``out`` becomes absolute.  The default is the job's folder, or result.json in it for a recipe that writes a file.
-    In a sweep each run's number is added to ``out``, unless the sweep lists an ``out`` for each run.
+    In a sweep each run's number is added to the paths that a run writes, unless the sweep lists a path for each run.
     """
     for number, own in enumerate(sweep or [[]]):
         config = compose_config(config_name, [*as_overrides(config_name, shared, say), *own])
@@ -212,6 +212,12 @@ def _tasks(
             out = numbered_out(out, number) if sweep and len(words) == len(own) else out
             config.out = literal(out)
             words.append(path_word("out", out))
+        for name in WRITTEN[1:] if sweep else ():
+            place = OmegaConf.select(config, name)
+            if place and not any(word.startswith(f"{name}=") for word in own):
+                place = numbered_out(place, number)
+                OmegaConf.update(config, name, literal(place))
+                words.append(path_word(name, place))
         yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), config)
 
 

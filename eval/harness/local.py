@@ -66,6 +66,8 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
     rows = []
     for number, record in enumerate(read(path), 1):
         try:
+            if not isinstance(record, dict):
+                raise TypeError("it is no JSON object")
             _refuse_no_choice(record)
             rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:

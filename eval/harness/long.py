@@ -53,6 +53,11 @@ def _number(random: Random) -> str:
 
 
 def _names(random: Random, text: LongText, count: int) -> list[str]:
+    if count > len(text.words):
+        raise ValueError(
+            f"eval.text has {len(text.words)} different words of 5 to 9 letters, and this task needs {count}: "
+            "give a longer text in English, or leave the task out of eval.tasks"
+        )
     return [str(name) for name in random.choice(text.words, count, replace=False)]
 
 
@@ -117,7 +122,9 @@ def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Seque
     The list has about ``room`` tokens.
     """
     entries = max(20, room // 6)  # an entry takes about five tokens
-    words = _names(random, text, min(len(text.words), 3 + entries // 2))
+    repeated = entries // 2 // 3  # how often each of the three words is listed
+    least_rare = -(-(entries - entries // 2) // (repeated - 1))  # so that each rare word is listed less often
+    words = _names(random, text, min(max(len(text.words), 3 + least_rare), 3 + entries // 2))
     common, rare = words[:3], words[3:]
     listed = [common[i % 3] for i in range(entries // 2)]
     listed += [rare[i % len(rare)] for i in range(entries - len(listed))]

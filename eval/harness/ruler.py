@@ -180,6 +180,7 @@ def make_ruler_tasks(
             "process_results": score_answer,
             "metric_list": [{"metric": "recall", "aggregation": "mean", "higher_is_better": True}],
             "num_fewshot": 0,
+            "metadata": {"available": task.filler(source).examples},
         }
         for length in lengths:
             rows = make_ruler_examples(name, replace(source, length=length), count, seed)

@@ -47,12 +47,13 @@ class Filler:
     """A way to make examples of any size.
 
     ``make(size, number)`` makes example ``number`` with ``size`` units of filler text (sentences, words, documents), at
-    least ``least`` and at most ``most``.
+    least ``least`` and at most ``most``.  There are ``examples`` different ones (None: any number).
     """
 
     make: Callable[[int, int], RulerExample]
     least: int = 1
     most: int = _MOST_UNITS
+    examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def question_filler(file: str, read: str, source: RulerSource) -> Filler:
         return {"input": text, "gen_prefix": "Answer:", "outputs": list(outputs)}
 
     least = max(len(one["context"]) for one in questions)
-    return Filler(make, least, max(least, len(documents)))
+    return Filler(make, least, max(least, len(documents)), len(questions))
 
 
 def _read_questions(module: Any, read: str, path: Path | None) -> Any:

@@ -209,7 +209,8 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
     for filter_name in task.instances[0].filtered_resps:
         for instances in examples.values():
             answers = [one.filtered_resps[filter_name] for one in sorted(instances, key=lambda one: one.idx)]
-            margins.append(_margin(task, instances[0].doc, answers))
+            if len(margins) < len(examples):  # filters change no log-probability
+                margins.append(_margin(task, instances[0].doc, answers))
             for metric, value in task.process_results(instances[0].doc, answers).items():
                 values.setdefault(metric if filter_name == "none" else f"{metric},{filter_name}", []).append(value)
     with _silence_progress():
@@ -224,13 +225,14 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
     chance = _KNOWN_CHANCE.get(name, _KNOWN_CHANCE.get(name.rpartition("_")[0], 0.0))
     if is_choice:
         chance = _chance(task, list(examples.values())[:SCREENED], metric.partition(",")[0])
+    is_generated = name.rpartition("_")[0] in GENERATED
     return Outcomes(
         name,
         tuple(float(value) for value in values[metric]),
         chance,
         others=totals,
         margins=tuple(one for one in margins if one is not None) if None not in margins else (),
-        available=None if name.rpartition("_")[0] in GENERATED else len(task.eval_docs),
+        available=(task.config.metadata or {}).get("available") if is_generated else len(task.eval_docs),
         depths=tuple(one for one in depths if one is not None),
     )
 

@@ -28,10 +28,8 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
         kinds = ["repaired" if variant.repaired else "not repaired"]
         if not variant.dropped:  # the first point of both lines
             kinds = ["not repaired", "repaired"]
-        value = report.average[variant.name]["accuracy"]
-        assert value is not None
         for kind in kinds:
-            accuracy.setdefault(kind, []).append((variant.dropped, value))
+            accuracy.setdefault(kind, []).append((variant.dropped, report.average_accuracy(variant.name)))
         if variant.tokens_per_s and not variant.repaired:
             latency.setdefault("time", []).append((variant.dropped, 1000 / variant.tokens_per_s))
     accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
@@ -99,7 +97,7 @@ def write(report: Report, out: Path) -> Report:
 
 
 def track(report: Report, out: Path, tracker: Tracker) -> None:
-    """Log each variant's average accuracy, a table of all comparisons, and the picture of shares if there is one.
+    """Log each variant's `average_accuracy`, a table of all comparisons, and the picture of shares if there is one.
 
     Then finishes ``tracker``.  ``report`` is the result of `write`, and ``out`` the folder with its pictures.
     """
@@ -109,7 +107,7 @@ def track(report: Report, out: Path, tracker: Tracker) -> None:
         for task, by_variant in {**report.tasks, AVERAGE: report.average}.items()
         for name, figures in by_variant.items()
     ]
-    tracker.log({f"eval/{name}": figures["accuracy"] for name, figures in report.average.items()}, 0)
+    tracker.log({f"eval/{name}": report.average_accuracy(name) for name in report.average}, 0)
     tracker.table("eval/comparisons", columns, table_rows, 0)
     if f"{_PICTURE}.svg" in report.pictures:
         tracker.image(f"eval/{_PICTURE}", out / f"{_PICTURE}.png", 0)

@@ -127,6 +127,16 @@ class Report:
     depths: Mapping[str, DepthScores] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
 
+    def average_accuracy(self, name: str) -> float:
+        """Return the average accuracy of variant ``name``, as if the baseline had on its examples what it has on all.
+
+        A variant may have answered fewer examples than the baseline, and easier ones.
+        """
+        figures = self.average[name]
+        accuracy, of_baseline = figures["accuracy"], next(iter(self.average.values()))["accuracy"]
+        assert accuracy is not None and of_baseline is not None
+        return accuracy + (of_baseline - (figures.get("baseline") or of_baseline))
+
     def as_dict(self) -> dict[str, object]:
         """Return the content of report.json."""
         about_variants = {
@@ -153,10 +163,13 @@ def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tupl
 def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
     """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
 
-    A variant may have answered fewer examples than the baseline; only those that it answered are compared.  If the
-    baseline is near chance on every task, each variant's average is "undecided".
+    A variant may have answered fewer examples than the baseline; only those that it answered are compared.  Scores by
+    length and depth are of the examples that all variants answered.  If the baseline is near chance on every task, each
+    variant's average is "undecided".
     """
     base = scored[0].outcomes
+    least = {task: min(len(one.outcomes[task].values) for one in scored) for task in base}
+    common = {one.name: {task: one.outcomes[task].first(n) for task, n in least.items()} for one in scored}
     averaged, chance = choose_averaged(base)
     tasks = {name: {one.name: _compare_task(base, one, name, rules) for one in scored} for name in base}
     average = {}
@@ -174,8 +187,8 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
         allowed_drop=rules.allowed_drop,
         sequential=rules.z != Z,
         origin=origin,
-        lengths={one.name: lengths for one in scored if (lengths := score_lengths(one.outcomes))},
-        depths={one.name: depths for one in scored if (depths := score_depths(one.outcomes))},
+        lengths={name: lengths for name, outcomes in common.items() if (lengths := score_lengths(outcomes))},
+        depths={name: depths for name, outcomes in common.items() if (depths := score_depths(outcomes))},
     )
 
 

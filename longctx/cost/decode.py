@@ -126,5 +126,5 @@ def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]
     if work.ranks == 1:
         return ON_ONE_RANK
     shared, merged = sharded_seconds(work, hardware), gather_merge_seconds(work, hardware)
-    why = f"predicted step, attention left out: {shared * 1e3:.3g} ms by sharded, {merged * 1e3:.3g} ms by gather_merge"
+    why = f"predicted without attention: sharded {shared * 1e3:.3g} ms, gather_merge {merged * 1e3:.3g} ms a step"
     return ("sharded" if shared < merged else "gather_merge"), why

@@ -19,7 +19,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._before = _decode(tokenizer, after).rstrip(_INCOMPLETE)
+        self._before = _decode(tokenizer, after)
         self._tokens = [*after]
         self._given = 0  # characters in the pieces so far
         self.text, self.stopped = "", False
@@ -30,7 +30,9 @@ class AnswerText:
         Sets ``stopped`` once a text in ``stop`` is complete.
         """
         self._tokens.append(token)
-        whole = _decode(self._tokenizer, self._tokens).removeprefix(self._before)
+        whole = _decode(self._tokenizer, self._tokens)
+        # The answer may complete the last character of the text before it, which is then part of the answer.
+        whole = whole[_shared_length(whole, self._before) :]
         self.text = cut_at_stop(whole, self._stop)
         self.stopped = len(self.text) < len(whole)
         return self._give(len(self.text) if self.stopped else self._certain())
@@ -53,11 +55,11 @@ class AnswerText:
 class TokenOffsets:
     """The place of each token in a text that begins at character ``begin``; call `add` with one token after another.
 
-    ``after`` is as for `AnswerText`.
+    ``after`` is as for `AnswerText`.  With ``special``, special tokens have a text, as in a prompt.
     """
 
-    def __init__(self, tokenizer: Any, begin: int = 0, after: Sequence[int] = ()) -> None:
-        self._tokenizer, self._offset = tokenizer, 0
+    def __init__(self, tokenizer: Any, begin: int = 0, after: Sequence[int] = (), *, special: bool = False) -> None:
+        self._tokenizer, self._offset, self._special = tokenizer, 0, special
         self._known, self._new = list[int](), list[int]()  # tokens whose text is complete, and those that follow them
         for token in after:
             self.add(token)
@@ -66,20 +68,26 @@ class TokenOffsets:
     def add(self, token: int) -> int:
         """Return the number of characters before the text of ``token``, which is the next token.
 
-        The tokens of one character have the same offset.  A special token has no text.
+        The tokens of one character have the same offset.
         """
         offset = self._offset
         self._new.append(token)
-        known = _decode(self._tokenizer, self._known)
-        text = _decode(self._tokenizer, [*self._known, *self._new])
+        known = _decode(self._tokenizer, self._known, special=self._special)
+        text = _decode(self._tokenizer, [*self._known, *self._new], special=self._special)
         if len(text) > len(known) and not text.endswith(_INCOMPLETE):
             self._offset += len(text) - len(known)
             self._known, self._new = self._new, []
         return offset
 
 
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+def _decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=not special)) if tokens else ""
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Return the number of characters at the beginning of ``one`` that ``other`` begins with, too."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

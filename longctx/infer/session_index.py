@@ -88,6 +88,15 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     return index
 
 
+def has_index(folder: Path) -> bool:
+    """Return True if ``folder`` has the index of a session, of any version and model; its content is not checked."""
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(index, dict) and {"version", "model", "tokens"} <= index.keys()
+
+
 def has_changed(folder: Path, index: SessionIndex) -> bool:
     """Return True if ``folder`` now has another index than ``index``, or none."""
     try:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from longctx.infer.session_index import (
     file_name,
     first_head_of,
     has_changed,
+    has_index,
     is_session_file,
     write_index,
 )
@@ -84,13 +84,18 @@ def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
 def _replace(folder: Path, new_folder: Path) -> None:
     """Rename ``new_folder`` to ``folder``, and delete the old content only after that."""
     old_folder = folder.with_name(folder.name + _OLD)
-    shutil.rmtree(old_folder, ignore_errors=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # not between the two renames
     if folder.exists():
+        shutil.rmtree(old_folder, ignore_errors=True)
         folder.rename(old_folder)
+    # A process that is killed here leaves the old session in old_folder, where `whole_session` finds it.
     new_folder.replace(folder)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     shutil.rmtree(old_folder, ignore_errors=True)
+
+
+def whole_session(folder: Path) -> Path:
+    """Return ``folder``, or the folder beside it to which a killed `save` moved the session of ``folder``."""
+    old_folder = folder.with_name(folder.name + _OLD)
+    return old_folder if not folder.exists() and (old_folder / INDEX).is_file() else folder
 
 
 def refuse_place(folder: Path) -> None:
@@ -105,13 +110,19 @@ def refuse_place(folder: Path) -> None:
                 f"{beside} exists and is not a session, and saving to session.save={folder} would delete it; rename "
                 "it, or use another folder"
             )
-    if folder.exists() and not (folder.is_dir() and ((folder / INDEX).is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and (is_session(folder) or not any(folder.iterdir()))):
         raise ValueError(
-            f"session.save={folder} exists and is not a session, and saving would delete it; use another folder"
+            f"session.save={folder} exists and is not a session, or has other files too, and saving would delete it; "
+            "use another folder"
         )
     parent = next(parent for parent in folder.parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to")
+
+
+def is_session(folder: Path) -> bool:
+    """Return True if ``folder`` has an index that looks like a session's, and only files of a session."""
+    return has_index(folder) and _is_leftover(folder)
 
 
 def _is_leftover(folder: Path) -> bool:

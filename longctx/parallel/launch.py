@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -160,7 +160,8 @@ def _run_one(
         _write(Path(folder, f"result{rank.rank}"), result)
     except BaseException as error:
         reason = f"raised {type(error).__name__}: {error}"
-        _write(Path(folder, f"error{rank.rank}"), (reason, _details(error), time.time()))
+        closed_pipe = isinstance(error, BrokenPipeError)
+        _write(Path(folder, f"error{rank.rank}"), (reason, _details(error), time.time(), closed_pipe))
         _leave(1)
     _leave(0)
 
@@ -171,8 +172,9 @@ def _details(error: BaseException) -> str:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Skip the interpreter's shutdown: background threads that wait for a lost peer can hang in it.
     os._exit(code)
 
@@ -188,7 +190,7 @@ def _die_with(sentinel: int, scratch: Path) -> None:
 
 
 def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
-    """Wait until all ranks have ended.  Raises `RankFailed` at most `_GATHER_S` seconds after the first failure."""
+    """Wait until all ranks have ended.  Raises `_first_failure` at most `_GATHER_S` seconds after it."""
     waiting: dict[Any, int] = {process.sentinel: i for i, process in enumerate(processes)}
     failed: list[int] = []  # in the order in which they ended
     until = math.inf
@@ -202,10 +204,11 @@ def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
         raise _first_failure(processes, failed, folder)
 
 
-def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder: Path) -> RankFailed:
+def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder: Path) -> RankFailed | BrokenPipeError:
     """Return the failure to report: the first rank that ended without an error file, else the earliest error.
 
-    A rank without an error file was killed or exited.  The others then raised because they lost it.
+    A rank without an error file was killed or exited.  The others then raised because they lost it.  If the first rank
+    could not print because the reader of its output has gone, it is a BrokenPipeError, as in this process.
     """
     silent = [i for i in failed if not Path(folder, f"error{i}").exists()]
     if silent:
@@ -217,7 +220,8 @@ def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder
         return RankFailed(silent[0], len(processes), reason, "")
     errors = {i: _read(Path(folder, f"error{i}")) for i in failed}
     first = min(errors, key=lambda i: errors[i][2])
-    return RankFailed(first, len(processes), errors[first][0], errors[first][1])
+    reason, details, _, closed_pipe = errors[first]
+    return BrokenPipeError(reason) if closed_pipe else RankFailed(first, len(processes), reason, details)
 
 
 def _end(processes: list[ForkServerProcess]) -> None:

@@ -25,6 +25,7 @@ from longctx.serve.service import Emit, Failure, Token
 
 Result = TypeVar("Result")
 _RETRY_S = 1  # advice to a client that is refused because too many sequences wait
+_CLIENT_GONE = 499  # status, as in nginx: nobody reads the response
 _LOOK_S = 0.2  # how often a request that is not streamed checks that its client is still there
 
 
@@ -152,6 +153,19 @@ class RouteHandlers:
         text, kind = self.front.metrics.page(len(self.front.open))
         return Response(text, headers={"Content-Type": kind})
 
+    async def refused(self, _: Any, one: RequestRefused) -> Response:
+        """Return the error response to a request that was refused, or that failed."""
+        if one.status < 500 and one.status != _CLIENT_GONE:
+            self.front.metrics.count_refusal()
+        headers = {"Retry-After": str(_RETRY_S)} if one.status == 429 else {}
+        return JSONResponse(_body_of(one), one.status, headers)
+
+    async def invalid(self, _: Any, one: RequestValidationError) -> Response:
+        """Return the error response to a body that is not valid."""
+        self.front.metrics.count_refusal()
+        message, place = describe_invalid(one.errors())
+        return JSONResponse(error(message, 400, place), 400)
+
 
 def make_app(front: Front) -> Any:
     """Return the ASGI application with all routes of the API; `Guard` checks requests before they reach a route."""
@@ -162,8 +176,8 @@ def make_app(front: Front) -> Any:
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
     app.add_api_route("/health", routes.health, methods=["GET"])
     app.add_api_route("/metrics", routes.metrics, methods=["GET"])
-    app.add_exception_handler(RequestRefused, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(RequestRefused, routes.refused)
+    app.add_exception_handler(RequestValidationError, routes.invalid)
     app.add_exception_handler(HTTPException, _other)
     app.add_exception_handler(Exception, _failed)
     _describe(app, front.reader.model)
@@ -181,18 +195,8 @@ def _describe(app: FastAPI, model: str) -> None:
         body["additionalProperties"] = False
 
 
-async def _refused(_: Any, one: RequestRefused) -> Response:
-    headers = {"Retry-After": str(_RETRY_S)} if one.status == 429 else {}
-    return JSONResponse(_body_of(one), one.status, headers)
-
-
 def _body_of(one: RequestRefused) -> Json:
     return error(str(one), one.status, one.param, one.code)
-
-
-async def _invalid(_: Any, one: RequestValidationError) -> Response:
-    message, place = describe_invalid(one.errors())
-    return JSONResponse(error(message, 400, place), 400)
 
 
 async def _other(_: Any, one: HTTPException) -> Response:
@@ -209,7 +213,7 @@ async def _until_gone(work: Awaitable[Result], request: Request) -> Result:
     try:
         while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
             if await request.is_disconnected():
-                raise RequestRefused("the client has gone", status=499)
+                raise RequestRefused("the client has gone", status=_CLIENT_GONE)
         return task.result()
     finally:
         task.cancel()
@@ -290,6 +294,7 @@ class Guard:
             if scope["path"] != "/health":
                 self.front.refuse_key(headers.get(b"authorization", b"").decode("latin-1"))
         except RequestRefused as refused:
+            self.front.metrics.count_refusal()
             await JSONResponse(_body_of(refused), refused.status)(scope, receive, send)
             return
         await self.app(scope, receive_bounded, send)

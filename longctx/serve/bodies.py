@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from longctx.config.run import SAMPLING_RANGES
 
@@ -14,6 +14,7 @@ _MOST_CHOICES = 128
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 }  # fmt: skip
+_TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
 # Values with which a field of OpenAI's or vLLM's that is not implemented changes nothing, besides null.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
@@ -45,6 +46,18 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
+
+
+def _refuse_surrogate(text: str) -> str:
+    """Return ``text``.  Raises ValueError if it has half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair: send whole characters") from error
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_refuse_surrogate)]
 
 
 def _shown(**bounds: float) -> Any:
@@ -86,28 +99,37 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr
-    temperature: Annotated[float, _shown(minimum=0)] | None = None
-    top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
-    presence_penalty: Annotated[float, _shown_range("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _shown_range("frequency_penalty")] | None = None
+    temperature: Annotated[StrictFloat, _shown(minimum=0)] | None = None
+    top_p: Annotated[StrictFloat, _shown(exclusiveMinimum=0, maximum=1)] | None = None
+    presence_penalty: Annotated[StrictFloat, _shown_range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[StrictFloat, _shown_range("frequency_penalty")] | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Text | list[Text] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(json_schema_extra={"minimum": -1})] | None = None
-    min_p: Annotated[float, _shown_range("min_p")] | None = None
-    repetition_penalty: Annotated[float, _shown_range("repetition_penalty")] | None = None
+    min_p: Annotated[StrictFloat, _shown_range("min_p")] | None = None
+    repetition_penalty: Annotated[StrictFloat, _shown_range("repetition_penalty")] | None = None
     stop_token_ids: list[TokenId] | None = None
 
 
 class CompletionBody(Body):
     """Body of /v1/completions: one prompt or several, each as text or as tokens."""
 
-    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -115,18 +137,21 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: StrictStr
-    content: StrictStr | list[dict[str, Any]]
+    role: Text
+    content: Text | list[TextPart]
 
-    def plain(self) -> dict[str, Any]:
-        """Return the message with its content as one text.  Raises `RequestRefused` for other parts than text."""
-        parts = self.content
-        if not isinstance(parts, str):
-            for part in parts:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise RequestRefused(f"a part of type {part.get('type')} is not implemented: use text", "messages")
-            parts = "".join(part["text"] for part in parts)
-        return {**(self.model_extra or {}), "role": self.role, "content": parts}
+    def plain(self, template: str) -> dict[str, Any]:
+        """Return the message with its content as one text; null and empty fields are left out.
+
+        Raises `RequestRefused` for calls of tools, and for fields that the chat ``template`` does not name.
+        """
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {}, "")}
+        for name in extra:
+            if name in _TOOL_FIELDS or name not in template:
+                raise RequestRefused(f"{name} of a message is not implemented: leave it out", "messages")
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {**extra, "role": self.role, "content": text}
 
 
 class ChatBody(Body):
@@ -148,7 +173,7 @@ class TokenizeBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
-    prompt: StrictStr | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: StrictBool = True
 

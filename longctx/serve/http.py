@@ -10,6 +10,7 @@ import uvicorn
 from longctx.serve.app import Front
 from longctx.serve.service import Service
 
+_GRACE_S = 10  # after the last answer, for clients that have not read it, or that never send their whole request
 _GOODBYE_S = 3.0  # after a failure, for the clients to get their errors
 
 
@@ -20,7 +21,7 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
     leave `follow`.  After a failure, the open requests get an error; then this raises it: `LostPeer` if a rank is
     lost, RuntimeError if the web server ends before it is told to.
     """
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True, name="http")
     thread.start()

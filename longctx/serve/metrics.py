@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from longctx.serve.bodies import RequestRefused
 from longctx.serve.request import Ask
 from longctx.serve.service import Service, Token
 
@@ -55,12 +56,17 @@ class Metrics:
                 yield event
             end = "answered"
             self._whole.observe(time.perf_counter() - began)
-        except ValueError:
-            end = "failed" if not first else "refused"
+        except RequestRefused as refused:
+            end = "failed" if refused.status >= 500 else ""  # refusals are counted by `count_refusal`
             raise
         finally:
             await events.aclose()  # type: ignore[attr-defined]
-            self._requests.labels(end).inc()
+            if end:
+                self._requests.labels(end).inc()
+
+    def count_refusal(self) -> None:
+        """Count a request that was refused, with a status below 500."""
+        self._requests.labels("refused").inc()
 
     def page(self, open_sequences: int) -> tuple[bytes, str]:
         """Return the page /metrics in Prometheus' text format, and its content type."""

@@ -10,6 +10,8 @@ from longctx.hf.checkpoint import same_model
 
 VERSION = 1  # format of the files
 INDEX = "pages.json"
+_NEW_INDEX = f"{INDEX}.coming"  # a killed server may leave it
+LOCK = ".lock"  # held by the server that uses the folder
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ def refuse_other_pages(folder: Path, origin: PageOrigin, setting: str) -> None:
     """
     if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).is_file()):
+    is_new = folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK, _NEW_INDEX}
+    if not is_new and not (folder / INDEX).is_file():
         raise ValueError(f"{setting} has other files than the saved pages of a server: use an empty or new folder")
     if not (folder / INDEX).is_file():
         return
@@ -58,6 +61,6 @@ def _read(file: Path, setting: str) -> dict[str, Any]:
 def write_origin(folder: Path, origin: PageOrigin) -> None:
     """Create ``folder`` and write the ``origin`` of its pages to a file, which appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{INDEX}.coming"
+    new = folder / _NEW_INDEX
     new.write_text(json.dumps(with_checksum(asdict(origin))))
     new.replace(folder / INDEX)

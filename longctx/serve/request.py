@@ -109,6 +109,8 @@ class Reader:
         sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
         if body.max_tokens == 0:
             raise RequestRefused("max_tokens=0 answers nothing: use at least 1", "max_tokens")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            raise RequestRefused("max_tokens and max_completion_tokens differ: leave one of them out", "max_tokens")
         most = body.max_completion_tokens or body.max_tokens or self._room(prompt)
         return self._checked(body, (prompt,), (most,), sampling, chat=True)
 
@@ -127,7 +129,7 @@ class Reader:
         """Return the tokens of a conversation in the model's chat template, up to the point where the answer begins."""
         if not self.tokenizer.chat_template:
             raise RequestRefused(f"{self.model} has no chat template: use /v1/completions", "messages")
-        plain = [message.plain() for message in messages]
+        plain = [message.plain(str(self.tokenizer.chat_template)) for message in messages]
         try:
             chat = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template can raise any error, such as for the order of roles
@@ -165,8 +167,6 @@ class Reader:
         given: dict[str, Any] = {name: getattr(body, name) for name in _SAMPLED if getattr(body, name) is not None}
         if given.get("top_k") == -1:
             given["top_k"] = 0  # vLLM's value for all tokens
-        if not given.get("temperature", self.defaults.temperature):
-            given |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # without effect on the most likely token
         if body.stop is not None:
             given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
         if body.stop_token_ids is not None:
@@ -175,6 +175,10 @@ class Reader:
             raise RequestRefused(f"stop has {len(given['stop'])} texts: use at most {_MOST_STOPS}", "stop")
         seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
         try:
+            greedy = not given.get("temperature", self.defaults.temperature)
+            if greedy:  # check the settings that do not change the most likely token, then leave them out
+                replace(self.defaults, **{**given, "temperature": 1.0})
+                given |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
             return replace(self.defaults, **given, seed=seed, logprobs=logprobs)
         except ValueError as error:
             message = str(error).replace("sampling.", "")

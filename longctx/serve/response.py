@@ -32,7 +32,12 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
     """
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _encodable(message), "type": kind, "param": param and _encodable(param), "code": code}}
+
+
+def _encodable(text: str) -> str:
+    """Return ``text`` with halves of surrogate pairs, which a request may have, as escapes such as ``\\ud800``."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def model_list(name: str, created: int, max_positions: int) -> Json:
@@ -149,9 +154,13 @@ class Form:
 
     def _with_prompt(self, index: int, choice: Choice) -> Json | None:
         """Return the log-probabilities of prompt and answer of choice ``index``; those of the first token are None."""
-        first = self.ask.prompts[index // self.ask.n][0]
-        of_prompt = TokenOffsets(self.tokenizer)
-        offsets = [of_prompt.add(first), *_places(of_prompt, choice.prompt_logprobs)]
+        first, *others = self.ask.prompts[index // self.ask.n]
+        special = {*self.tokenizer.all_special_ids}
+        # The tokenizer may have added a first token, such as a BOS, that the echoed text does not have.
+        is_added = first in special and not self.prompt_text(index).startswith(self.tokenizer.decode([first]))
+        shown = others if is_added else [first, *others]
+        of_prompt = TokenOffsets(self.tokenizer, after=[first] * is_added, special=not special.isdisjoint(shown))
+        offsets = [0 if is_added else of_prompt.add(first), *_places(of_prompt, choice.prompt_logprobs)]
         offsets += _places(self.offsets(index), choice.logprobs)
         rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], offsets[1:])
         assert rest, "asked for"

@@ -174,6 +174,6 @@ def share_pass(left: Mapping[int, int], total: int) -> dict[int, int]:
             tokens -= more
         return tokens
 
-    unused = give(left, total // 2)
-    give(sorted(left, key=lambda number: left[number] - shares[number]), total - total // 2 + unused)
+    unused = give(left, total - total // 2)
+    give(sorted(left, key=lambda number: left[number] - shares[number]), total // 2 + unused)
     return {number: share for number, share in shares.items() if share}

@@ -1,6 +1,6 @@
 """The setting ``rivals`` of the SPD benchmarks: reductions with rounded messages, measured along with dropped ones."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from omegaconf import DictConfig
 
@@ -14,6 +14,11 @@ class Rival(Reduce):
     """An item of ``rivals``; ``label`` names its results."""
 
     label: str
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings without the label, for files of results."""
+        return {name: value for name, value in asdict(self).items() if name != "label"}
 
 
 def read_rivals(config: DictConfig) -> tuple[Rival, ...]:

@@ -272,6 +272,7 @@ def report(job: LatencyJob, times: LatencyTimes) -> None:
     nominal = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {"rate": "loopback"}
     if settings.out:
         inputs = {"model": target.model.name, "mesh": str(target.mesh), "hosts": settings.hosts, **nominal}
+        inputs["rivals"] = {rival.label: rival.settings for rival in job.rivals}
         result = {**inputs, **asdict(times.links), "tokens": settings.tokens, **provenance()}
         write_result(settings.out, {**result, "rows": [asdict(row) for row in table_rows]})
     if settings.picture:

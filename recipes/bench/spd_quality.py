@@ -133,7 +133,7 @@ def prepare(config: DictConfig) -> QualityJob:
     if target.mesh.dp > 1:
         raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
     models = sections(config, "models", NamedModel, say)
-    refuse_same_labels([RANKED, IN_ORDER, *(model.label for model in models)])
+    refuse_same_labels("models", [RANKED, IN_ORDER, *(model.label for model in models)])
     refuse_unplaceable(settings, target.shape)
     rivals = read_rivals(config)
     texts = read_texts(sections(config, "texts", NamedText, say), target, settings)
@@ -201,19 +201,26 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
     """Return the packed sequences of each text, by its label.
 
-    Raises ValueError as `text_of` and `refuse_same_labels` do.
+    Raises ValueError as `text_of`, `refuse_same_labels` and `refuse_bad_names` do.
     """
-    refuse_same_labels([text.label for text in texts])
+    refuse_same_labels("texts", [text.label for text in texts])
+    refuse_bad_names([text.label for text in texts])
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
     return {
         label: text_of(source, target, settings.sequences, length_setting="length") for label, source in data.items()
     }
 
 
-def refuse_same_labels(labels: Sequence[str]) -> None:
-    """Raise ValueError unless there is a label, and all labels are different and can be names of files."""
-    if not labels or len({*labels}) < len(labels) or any("/" in label for label in labels):
-        raise ValueError(f"texts have the labels {labels}: give one text or more, each with its own label without /")
+def refuse_same_labels(setting: str, labels: Sequence[str]) -> None:
+    """Raise ValueError if two items of the list ``setting`` have the same label."""
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"{setting}: the label {repeated[0]!r} is used twice: give each item a label of its own")
+
+
+def refuse_bad_names(labels: Sequence[str]) -> None:
+    """Raise ValueError unless there is a text, and the ``labels`` of all texts can be names of files."""
+    if not labels or any("/" in label for label in labels):
+        raise ValueError(f"texts have the labels {list(labels)}: give one text or more, each with a label without /")
 
 
 def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
@@ -325,5 +332,6 @@ def task(config: DictConfig) -> None:
     inputs["variants"] = {
         one.name: {"label": one.label, "reduce": one.rival.label if one.rival else "float32"} for one in job.variants
     }
+    inputs["rivals"] = {one.rival.label: one.rival.settings for one in job.variants if one.rival}
     write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
     draw(losses, job)

@@ -45,6 +45,8 @@ class TradeoffSettings:
     def __post_init__(self) -> None:
         if not (self.quality or self.report):
             raise ValueError("there is no measure of quality: set quality=quality.json, report=report.json, or both")
+        if self.text and not self.quality:
+            raise ValueError(f"text={self.text} chooses a text of the quality file: set quality, or leave text out")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ def prepare(config: DictConfig) -> TradeoffJob:
     settings = top_level(config, TradeoffSettings)
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
-    saved, measured = {}, dict[str, tuple[str, int]]()
+    saved, measured, rivals = {}, dict[str, tuple[str, int]](), dict[str, Mapping[str, Any]]()
     for file in settings.latency:
         values = read_json(file, "latency", ("rows", "model", "mesh"), "spd_latency")
         measured[f"latency={file}"] = values["model"], tp_of(values["mesh"])
+        rivals[f"latency={file}"] = values.get("rivals", {})
         link = link_of(values)
         if link in saved:
             raise ValueError(f"latency={list(settings.latency)}: two files are for {link}; give one for each link")
@@ -98,6 +101,7 @@ def prepare(config: DictConfig) -> TradeoffJob:
     if settings.quality:
         values = read_json(settings.quality, "quality", ("variants", "model", "tp"), "spd_quality")
         measured[f"quality={settings.quality}"] = values["model"], values["tp"]
+        rivals[f"quality={settings.quality}"] = values.get("rivals", {})
         qualities += perplexities(values, settings.text)
     if settings.report:
         values = read_json(settings.report, "report", ("average", "variants"), "eval.run")
@@ -105,6 +109,7 @@ def prepare(config: DictConfig) -> TradeoffJob:
         measured[f"report={settings.report}"] = next(iter(values["variants"].values()))["model"], tp
         qualities += accuracies(values, tp)
     refuse_other_model(measured)
+    refuse_other_rivals(rivals)
     return TradeoffJob(settings, tuple(qualities), saved)
 
 
@@ -136,6 +141,18 @@ def refuse_other_model(measured: Mapping[str, tuple[str, int]]) -> None:
         )
 
 
+def refuse_other_rivals(rivals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError unless a label means the same rounded reductions in all files; ``rivals`` are by setting."""
+    known: dict[str, tuple[str, Any]] = {}
+    for setting, by_label in rivals.items():
+        for label, rival in by_label.items():
+            first, one = known.setdefault(label, (setting, rival))
+            if one != rival:
+                raise ValueError(
+                    f"{label} is {rival} in {setting}, but {one} in {first}: give different settings different labels"
+                )
+
+
 def link_of(values: Mapping[str, Any]) -> str:
     """Return the link of a result of spd_latency in words, such as "100mbit, 500 us"."""
     rate, latency_us = values["rate"], values.get("latency_us", 0)
@@ -161,9 +178,9 @@ def perplexities(values: Mapping[str, Any], text: str | None) -> Iterator[Qualit
 def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
     """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost.
 
-    Variants with another number than ``tp`` of tensor-parallel ranks, or with context ranks, are left out; the baseline
-    may have any mesh.  Raises ValueError for a report of an older version, and
-    for a baseline that drops or rounds reductions.
+    Variants with another number than ``tp`` of tensor-parallel ranks, or with context ranks, are left out and named;
+    the baseline may have any mesh.  Raises ValueError for a report of an older version, and for a baseline that drops
+    or rounds reductions.
     """
     if not values["average"]:
         raise ValueError("the report has no average of accuracies: evaluate a task that has accuracies")
@@ -173,8 +190,10 @@ def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
             raise ValueError("the report is of an older version: run eval.run again, which reuses the stored answers")
         if baseline["dropped"] or baseline["reduce"] != "float32":
             raise ValueError("the report's baseline drops or rounds reductions: evaluate the model without them first")
-        if variant is not baseline and variant["mesh"] != f"tp={tp}":
-            continue  # the times are those of tp ranks
+        axes = dict(re.findall(r"(\w+)=(\d+)", variant["mesh"]))
+        if variant is not baseline and (int(axes.get("tp", 1)) != tp or {*axes} - {"tp", "dp"}):
+            say(f"left out, since the times are those of {tp} tensor-parallel ranks: {name} on {variant['mesh']}")
+            continue
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
         yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)

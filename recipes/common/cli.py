@@ -29,7 +29,7 @@ from longctx.parallel.launcher import current_rank
 from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, expand_home, lists_values, literal
-from recipes.common.places import numbered_out, write_json
+from recipes.common.places import WRITTEN, numbered_out, write_json
 from recipes.common.renamed import rename_settings
 from recipes.common.startup import leave_closed_pipe, loaded, print_page
 
@@ -101,13 +101,13 @@ def _remove_empty_sweep() -> None:
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Return ``config`` after the checks that all recipes share, with old names of settings and ``~`` replaced.
 
-    In a sweep (--multirun), ``out`` gets the run's number.  Raises ValueError for a section with a mistake, for more
-    threads than this machine has cores, and for a missing device.  All checks before the device run without torch,
-    whose import takes seconds.
+    In a sweep (--multirun), the paths that a run writes get its number.  Raises ValueError for a section with a
+    mistake, for more threads than this machine has cores, and for a missing device.  All checks before the device run
+    without torch, whose import takes seconds.
     """
     from recipes.common.settings import check_sections
 
-    config = _with_numbered_out(expand_home(rename_settings(config, say)), words)
+    config = _with_numbered_places(expand_home(rename_settings(config, say)), words)
     check_sections(config)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
     if isinstance(threads, int | float) and threads > cores:  # 1e6 is a float
@@ -179,12 +179,19 @@ def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> s
     return unknown_setting(name, names_of({str(key): value for key, value in known.items()}))
 
 
-def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return ``config``; in a sweep (--multirun), add the run's number to ``out``, unless the sweep lists ``out``."""
+def _with_numbered_places(config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """Return ``config``; in a sweep (--multirun), add the run's number to each path that a run writes.
+
+    Unchanged are paths of which the sweep lists several.
+    """
     hydra_config = HydraConfig.get()
-    are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
-    if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
-        config.out = literal(numbered_out(config.out, hydra_config.job.num))
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return config
+    listed = {name for name, _, value in (word.partition("=") for word in words) if lists_values(value)}
+    for name in WRITTEN:
+        place = OmegaConf.select(config, name)
+        if place and name not in listed:
+            OmegaConf.update(config, name, literal(numbered_out(place, hydra_config.job.num)))
     return config
 
 

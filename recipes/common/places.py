@@ -13,6 +13,9 @@ def is_file_name(out: str) -> bool:
     return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
 
 
+WRITTEN = ("out", "picture", "settings", "json", "markdown", "session.save")  # settings of files and folders to write
+
+
 def numbered_out(out: str, number: int | str) -> str:
     """Return the ``out`` of run ``number`` of a sweep: ``a`` becomes ``a/3``, ``a/x.json`` becomes ``a/3/x.json``."""
     path = Path(out)

@@ -5,6 +5,7 @@ Progress is a bar with the remaining time on a terminal, and one line per minute
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ class Progress:
 class TokenStream:
     """Print an answer token by token, and end before the first text in ``stop``.
 
-    Call `add` with each token, and `end` after the last one.
+    Call `add` with each token, and `end` after the last one.  If the reader of stdout has gone, nothing is printed: the
+    answer is still computed and saved.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
@@ -94,8 +96,10 @@ class TokenStream:
 
     def add(self, token: int) -> None:
         """Print the text that ``token`` completes."""
-        print(self._text.add(token), end="", flush=True)
+        with suppress(BrokenPipeError):
+            print(self._text.add(token), end="", flush=True)
 
     def end(self) -> None:
         """Print the rest, after the last token."""
-        print(self._text.end(), end="", flush=True)
+        with suppress(BrokenPipeError):
+            print(self._text.end(), end="", flush=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from longctx.spd.guards import Guard, GuardFigures, compare_guards
+from longctx.spd.plan import FILE as PLAN
 from recipes.common.cli import GATE_FAILED, console, print_error
 from recipes.common.places import write_json
 
@@ -48,24 +49,25 @@ def judge_guards(job: RepairJob, figures: Sequence[GuardFigures]) -> None:
     """Print the guards of ``figures``, and write them to guards.json in ``job.out``; exit with code 3 if one failed.
 
     ``figures`` is the result of `measure_guards`; only the first rank calls this.
-    With repair.guard=warn a failed guard is only printed.  Empty ``figures`` (repair.guard=off) print and write
-    nothing.
+    With repair.guard=warn a failed guard is only printed.  Empty ``figures`` (repair.guard=off) print nothing, and
+    guards.json, which would be about an earlier model, is removed.
     """
     if not figures:
+        (job.out / FILE).unlink(missing_ok=True)
         return
     guards = compare_guards(*figures)
     failed = [one for one in guards if one.failed]
-    write_json(
-        str(job.out / FILE),
-        {"guard": job.repair.guard, "failed": [one.name for one in failed], "guards": list(map(asdict, guards))},
-    )
+    about = {"guard": job.repair.guard, "budget": job.budget, "written": not failed or job.repair.guard == "warn"}
+    names = [one.name for one in failed]
+    write_json(str(job.out / FILE), {**about, "failed": names, "guards": list(map(asdict, guards))})
     console.print(_table(guards))
     named = ", ".join(f"{one.name} {one.original:,.4g} -> {one.repaired:,.4g}" for one in failed)
     if failed and job.repair.guard == "warn":
         console.print(f"warning: the repaired model fails a guard: {named}")
     elif failed:
+        earlier = f"; {job.out} still has the model of an earlier run" if (job.out / PLAN).is_file() else ""
         print_error(
-            f"{named}: no model was written; use a smaller spd.budget, or more text; the same command with "
+            f"{named}: no model was written{earlier}; use a smaller spd.budget, or more text; the same command with "
             f"repair.guard=warn writes this model, from the blocks in {job.out}",
             "guard failed",
         )

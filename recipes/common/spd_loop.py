@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,7 +122,9 @@ class RepairJob:
     @property
     def about_joint(self) -> dict[str, object]:
         """Settings and inputs that the state of joint distillation depends on, saved to compare them at a resume."""
-        return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
+        text = hashlib.sha256(self.joint_text.tokens.numpy().tobytes()).hexdigest()
+        joint = {**asdict(self.joint), "save_every": None}
+        return {**self.about, "budget": self.budget, "joint": joint, "joint_text_sha256": text}
 
     @property
     def about_file(self) -> Path:
@@ -251,6 +254,7 @@ class Adaptation:
                     write_block(job.joint_block_file(block), tensors, {})
             else:
                 run.blocks.fill(layer, read_block(job.block_file(block))[0])
+        dist.barrier()  # every data-parallel rank reads the files
         # 4. Measure each block alone, in the weights that are used.
         if after < before or not alone:
             run.progress.start("divergence with one block dropped", len(blocks) * job.held_out_batches)

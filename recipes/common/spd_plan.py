@@ -138,6 +138,8 @@ def _dropped_blocks(
             )
         assert saved
         return saved.plan.dropped
+    if spd.budget == 0:
+        return ()
     # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.
     if spd.sensitivity:
         source = saved.source if saved else fingerprint(folder, cache)

@@ -30,7 +30,7 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
     tensor-parallel degree of that variant; 0 if no variant has this verdict.
 
     Raises ValueError, with the fix, for any other text, and for a report whose baseline is not the model named
-    ``model``.
+    ``model``, or drops or rounds reductions.
     """
     try:
         share = float(setting)
@@ -45,7 +45,8 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
     try:
         report = json.loads(Path(setting).expanduser().read_text(encoding="utf-8"))
         of_model = {name: one for name, one in report["variants"].items() if one["dropped"]}
-        baseline = next(iter(report["variants"].values()))["model"]
+        baseline = next(iter(report["variants"].values()))
+        is_plain = not baseline["dropped"] and baseline.get("reduce", "float32") == "float32"
         decided = {
             name: (float(one["dropped"]), int(named[1]))
             for name, one in of_model.items()
@@ -57,10 +58,18 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
             f"allowed_drop={setting} is not a report ({error!r}): use 0 to 1, or a report.json of eval.run on "
             "variants with dropped reductions"
         ) from error
-    if baseline != model:
-        raise ValueError(f"allowed_drop={setting} is a report on {baseline}, not on {model}: use a report on {model}")
+    if baseline["model"] != model:
+        raise ValueError(
+            f"allowed_drop={setting} is a report on {baseline['model']}, not on {model}: use a report on {model}"
+        )
+    if not is_plain:
+        raise ValueError(
+            f"allowed_drop={setting}: the report's baseline drops or rounds reductions itself: use a report whose "
+            "baseline does neither"
+        )
     if not decided:
-        verdicts = ", ".join(f"{name}: {report['average'][name]['verdict']}" for name in of_model) or "no variant drops"
+        on_tp = {name: report["average"][name]["verdict"] for name, one in of_model.items() if "tp=" in one["mesh"]}
+        verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in on_tp.items()) or "none drops at mesh.tp above 1"
         return AllowedDrop(0.0, None, f"{setting}: no variant with dropped reductions is no worse ({verdicts})")
     name, (share, tp) = max(decided.items(), key=lambda item: item[1])
     return AllowedDrop(share, tp, f"{setting}: up to {share:.0%} of the blocks may drop at mesh.tp={tp} ({name})")

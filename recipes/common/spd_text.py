@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from longctx.config import DataSettings, Mesh, ModelSource
+from longctx.config import DataSettings, Mesh, ModelSource, TextSource
 from longctx.hf.checkpoint import same_model
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import FILE as PLAN
@@ -70,7 +70,12 @@ def calibration_of(
     The text has ``sequences`` sequences, and ``more`` as in `text_of`.  Raises ValueError as `text_of` does, and if
     data.epochs is set to another number.
     """
-    data, _ = data_of(config)
+    data, test = data_of(config)
+    if test and test.sources != (TextSource(pydoc="test"),):  # the default
+        raise ValueError(
+            f"data.test={list(map(str, test.sources))} is not used here: errors on held-out text are measured on the "
+            "text of data.sources that follows; leave data.test out"
+        )
     if data.epochs not in (None, 1):
         raise ValueError(
             f"data.epochs={data.epochs}: the text is read once; leave data.epochs out, or add data.sources"

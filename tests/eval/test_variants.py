@@ -89,6 +89,9 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
         ("variants=[{name: a, reduce: {mlp: int8}}]", "one tensor-parallel rank has nothing to reduce"),
         ("variants=[{name: a, spd: {drop: all}}]", "spd=all: one tensor-parallel rank has no reduction to drop"),
         ("variants=[{name: a, spd: {budget: 0.5}}]", "use mesh.tp=2 or more, or leave spd.budget and spd.blocks out"),
+        ("mesh.tp=3 variants=[{name: a, spd: {drop: ranked, budget: 50}}]", "spd.budget=50.0: use a share of the blocks"),
+        ("mesh.tp=3 variants=[{name: a, spd: {blocks: [1], budget: 0.5}}]", "spd.blocks lists the blocks that drop"),
+        ("variants=[{name: a, spd: {drop: ranked, budget: 0.5}}]", "spd.budget=0.5: one tensor-parallel rank has no"),
         (
             "variants=[{name: a, spd: {blocks: [1]}}]",
             "spd.blocks=[1]: one tensor-parallel rank has no reduction to drop; use mesh.tp=2",
@@ -97,7 +100,7 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
 )
 def test_variant_that_cannot_run_is_refused(prepared, setting, words):
     with pytest.raises(ValueError, match=r"\w") as refused:
-        prepared(setting)
+        prepared(*setting.split(" ", 1) if setting.startswith("mesh") else [setting])
     assert words in str(refused.value)
 
 
@@ -175,3 +178,9 @@ def test_variant_takes_old_names_of_settings(prepared, tmp_path):
     variants = "variants=[{name: a, model: {positions: 794, rope_theta: 7e4}, context: {decode: one_exchange}}]"
     target = prepared(f"model.cache={tmp_path}", variants).variants[1].target
     assert (target.shape.max_positions, target.context.decode) == (794, "gather_merge")
+
+
+@pytest.mark.parametrize("ranks", ["mesh.tp=3", "mesh.tp=1"])
+def test_share_of_0_needs_no_order(prepared, ranks):
+    job = prepared(ranks, "variants=[{name: a, spd: {drop: ranked, budget: 0}}]")
+    assert not job.variants[1].target.plan and not make_order_jobs(job.configs, job.variants[0], 1, job.out)

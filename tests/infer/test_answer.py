@@ -86,3 +86,16 @@ def test_offsets_after_a_prompt_count_the_space():
     assert [offsets.add(token) for token in (3, 4, 5)] == [10, 16, 17]
     alone = TokenOffsets(Spaced())
     assert [alone.add(token) for token in (3, 4, 5)] == [0, 5, 6]
+
+
+def test_replacement_character_of_a_prompt_is_not_repeated():
+    """A prompt may really have this character: then the answer does not begin with it."""
+    answer = AnswerText(TOKENIZER, after=ids("abc \ufffd"))
+    assert "".join(answer.add(token) for token in ids(" next")) == " next"
+
+
+def test_special_tokens_of_a_prompt_have_a_text():
+    tokens = [*ids("a"), TOKENIZER.eos_token_id, *ids("b")]
+    shown, hidden = TokenOffsets(TOKENIZER, special=True), TokenOffsets(TOKENIZER)
+    assert [shown.add(token) for token in tokens] == [0, 1, 1 + len("<end>")]
+    assert [hidden.add(token) for token in tokens] == [0, 1, 1]

@@ -1,5 +1,7 @@
 """A session that cannot be read whole leaves the session that it is added to unchanged."""
 
+from pathlib import Path
+
 import pytest
 
 from longctx.config import Context, Mesh, Sampling
@@ -66,3 +68,37 @@ def test_other_folder_with_the_name_of_a_temporary_one_is_not_deleted(tmp_path, 
     (beside / "thesis.txt").touch()
     with pytest.raises(ValueError, match=f"talk{ending} exists and is not a session, and saving to .* would delete it"):
         store.refuse_place(tmp_path / "talk")
+
+
+def test_folder_with_other_files_than_a_session_is_not_replaced(tmp_path):
+    talk = tmp_path / "talk"
+    talk.mkdir()
+    store.refuse_place(talk)
+    (talk / "session.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="is not a session, or has other files too, and saving would delete it"):
+        store.refuse_place(talk)
+    (talk / "session.json").write_text('{"version": 2, "model": "a", "tokens": {}}')
+    store.refuse_place(talk)
+    (talk / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not a session, or has other files too, and saving would delete it"):
+        store.refuse_place(talk)
+
+
+def test_session_that_a_killed_save_moved_away_is_found(tmp_path, monkeypatch):
+    """The process is killed after the old session was renamed, and before the new one is in its place."""
+    talk, new = tmp_path / "talk", tmp_path / "talk.coming"
+    for folder, version in ((talk, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "session.json").write_text(version)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store._replace(talk, new)
+    monkeypatch.undo()
+    assert (store.whole_session(talk) / "session.json").read_text() == "old" and not talk.exists()
+    store._replace(talk, new)
+    assert store.whole_session(talk) == talk and [file.name for file in tmp_path.iterdir()] == ["talk"]
+    assert (talk / "session.json").read_text() == "new"

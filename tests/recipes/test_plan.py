@@ -287,3 +287,11 @@ def test_a_report_decides_which_share_of_blocks_may_drop(cli, tmp_path):
     assert {one["mesh"]["tp"]: one["dropped"] for one in plans} == {1: 0.0, 2: 0.0, 4: 0.5, 8: 0.0}
     with pytest.raises(ValueError, match="a report on llama3_8b, not on tiny"):
         read_allowed_drop(str(file), "tiny")
+    for one in report["variants"].values():
+        one["mesh"] = "ring=2"
+    file.write_text(json.dumps(report))
+    assert "no worse (none drops at mesh.tp above 1)" in read_allowed_drop(str(file), "llama3_8b").why
+    report["variants"]["baseline"]["dropped"] = 0.75
+    file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="baseline drops or rounds reductions itself"):
+        read_allowed_drop(str(file), "llama3_8b")

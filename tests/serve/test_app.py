@@ -136,12 +136,21 @@ def test_refusals_have_openais_form(client, front):
     assert client.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
     assert client.get("/nowhere").status_code == 404
     assert not front.open
+    for prompt, field in (("\ud800", "prompt"), ("a", "unknown\ud800")):
+        body = json.dumps({"model": "tiny", "prompt": prompt, field: prompt})
+        assert (
+            client.post("/v1/completions", content=body, headers={"content-type": "application/json"}).status_code
+            == 400
+        )
+    assert 'longctx_requests_total{end="refused"} 8.0' in client.get("/metrics").text
 
 
 def test_error_of_the_server_is_500_or_ends_the_stream(client, script):
     script.failing = True
     response = complete(client)
     assert (response.status_code, response.json()["error"]["message"]) == (500, "lost rank 1")
+    page = client.get("/metrics").text
+    assert 'longctx_requests_total{end="failed"} 1.0' in page and 'end="refused"' not in page
     last = complete(client, stream=True).text.strip().split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
 

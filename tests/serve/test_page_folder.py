@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from longctx.serve.page_folder import INDEX, PageOrigin, refuse_other_pages, write_origin
+from longctx.serve.page_folder import INDEX, LOCK, PageOrigin, refuse_other_pages, write_origin
 
 ORIGIN = PageOrigin("a" * 16 + "-" + "b" * 16, "float32", "ring=2", 64)
 
 
 def test_other_servers_are_refused_with_what_differs(tmp_path):
     folder = tmp_path / "pages"
+    folder.mkdir()
+    for name in (LOCK, f"{INDEX}.coming"):  # a server that was killed at its first start leaves them
+        (folder / name).touch()
     refuse_other_pages(folder, ORIGIN, "cache.save=x")
     write_origin(folder, ORIGIN)
     refuse_other_pages(folder, ORIGIN, "cache.save=x")

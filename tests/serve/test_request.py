@@ -115,7 +115,11 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (chat, {"tools": [{"type": "function"}]}, "tools", "tools is not implemented"),
         (chat, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
         (chat, {"messages": [{"role": "bad", "content": "x"}]}, "messages", "template refuses .* no"),
-        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url is not"),
+        (chat, {"messages": [{"role": "user", "content": "a", "images": ["b"]}]}, "messages", "images of a message is"),
+        (chat, {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages", "tool_calls of a"),
+        (chat, {"max_tokens": 5, "max_completion_tokens": 7}, "max_tokens", "differ: leave one of them out"),
+        (completion, {"temperature": 0, "top_p": 7}, "top_p", "^top_p=7.0: use a number above 0"),
+        (completion, {"temperature": 0, "min_p": -3}, "min_p", "^min_p=-3.0"),
     ],
 )  # fmt: skip
 def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param, message):
@@ -127,7 +131,8 @@ def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param
 @pytest.mark.parametrize(
     ("fields", "place"),
     [({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"n": True}, "n"),
-     ({"seed": 0.5}, "seed"), ({"temperature": float("nan")}, "temperature"),
+     ({"seed": 0.5}, "seed"), ({"temperature": True}, "temperature"), ({"top_p": "0.5"}, "top_p"),
+     ({"prompt": "a\ud800"}, "prompt"), ({"stop": ["\udc00"]}, "stop"), ({"temperature": float("nan")}, "temperature"),
      ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt")],
 )  # fmt: skip
 def test_values_of_another_type_are_named(fields, place):
@@ -153,6 +158,19 @@ def test_fields_without_effect_are_accepted(reader):
     neutral = {"add_special_tokens": True, "min_tokens": 0, "suffix": "", "logit_bias": None, "unknown": None}
     assert completion(reader, **neutral).prompts == (ids("abc"),)
     assert chat(reader, tools=[], tool_choice="auto", modalities=["text"], functions=None).chat
+
+
+def test_message_has_fields_that_the_template_names_and_parts_of_text(reader):
+    empty = {"role": "assistant", "content": "a", "tool_calls": None, "annotations": [], "refusal": None}
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    assert chat(reader, [empty, {"role": "user", "content": parts}]).prompts == (ids("a:a;u:bc;a:"),)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.name }}={{ m.content }}")
+    named = replace(reader, tokenizer=tokenizer)
+    assert chat(named, [{"role": "user", "content": "a", "name": "me"}]).prompts == (ids("u:me=a;a:"),)
+    for content in ([{"type": "image_url"}], [{"type": "text", "text": "\ud800"}], [{**parts[0], "other": 1}]):
+        with pytest.raises(ValidationError):
+            ChatBody.model_validate({"model": "tiny", "messages": [{"role": "user", "content": content}]})
 
 
 def test_smaller_bodies_refuse_fields_with_an_effect(reader):

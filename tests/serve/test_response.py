@@ -1,5 +1,6 @@
 """Responses have the form that OpenAI's own client reads."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -106,3 +107,24 @@ def test_offsets_are_those_of_the_echoed_text_whole_or_streamed():
     in_answer = whole["choices"][0]["logprobs"]["text_offset"][5:]
     offsets = shape.offsets(0)
     assert in_answer == [offsets.add(one.token) for one in later] == [1, 2, 3, 4]
+
+
+def test_offsets_of_an_echoed_prompt_count_its_special_tokens():
+    """A first token that the tokenizer added, and the text does not have, takes no place in it."""
+    tokenizer = tiny_tokenizer(bos_token="<begin>", eos_token="<end>")
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for text, tokens, places in (
+        ("a<end>b", (A, end, B), [0, 1, 6]),
+        ("<begin>ab", (begin, A, B), [0, 7, 8]),
+        ("ab", (begin, A, B), [0, 0, 1]),
+        ("a<end>", (begin, A, end), [0, 0, 1]),
+    ):
+        ask = Ask("tiny", (tokens,), (5,), Sampling(logprobs=0), echo=True, prompt_texts=(text,))
+        scores = tuple(TokenLogprob(token, -1.0, ()) for token in tokens[1:])
+        whole = Form(ask, tokenizer).whole([Choice("b", 1, [TokenLogprob(B, -1.0, ())], scores, "stop")])
+        assert whole["choices"][0]["logprobs"]["text_offset"] == [*places, len(text)]
+
+
+def test_half_of_a_surrogate_pair_in_an_error_is_written_as_its_number():
+    assert error("no \ud800", 400, "a\udc00")["error"]["message"] == "no \\ud800"
+    assert json.dumps(error("no \ud800", 400, "a\udc00"), ensure_ascii=False).encode()

@@ -87,8 +87,8 @@ def test_a_pass_is_for_the_oldest_and_the_shortest_prompts(left, total):
     assert sum(shares[number] < left[number] for number in shares) <= 2, "few parts"
     if left:
         oldest, shortest = next(iter(left)), min(left.values())
-        assert shares.get(oldest, 0) >= min(left[oldest], total // 2)
-        if total - total // 2 >= shortest:
+        assert shares.get(oldest, 0) >= min(left[oldest], total - total // 2)
+        if total // 2 >= shortest:
             assert any(shares.get(number) == left[number] for number in left)
 
 

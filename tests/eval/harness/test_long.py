@@ -75,6 +75,19 @@ def test_impossible_example_is_refused(length, source, words):
         make_generated_tasks({"needle": 2}, [length], source, tokenizer, 4096, None, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "needs"), [("needle", [], 1), ("tracking", ["delta"], 4), ("common_words", list("abcd"), 7)]
+)
+def test_text_without_enough_words_is_refused(name, words, needs, tmp_path):
+    """The words are of one script; a list needs so many rare words that none is as frequent as the common ones."""
+    book = tmp_path / "book.txt"
+    words = [word * 6 for word in words] if name == "common_words" else words
+    book.write_text(f"{' '.join(words)}. " + "\u6211\u5011\u770b\u5230. " * 900)
+    message = f"eval.text has {len(words)} different words of 5 to 9 letters, and this task needs {needs}"
+    with pytest.raises(ValueError, match=message):
+        make_generated_tasks({name: 2}, [709], str(book), tokenizer, 4096, None, 0)
+
+
 def test_too_short_text_is_refused(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The men rowed past all of the boats. " * 20)

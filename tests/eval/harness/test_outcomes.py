@@ -53,3 +53,14 @@ def test_metric_without_aggregation_is_averaged(tmp_path):
     plain = task.process_results
     task.process_results = lambda doc, given: plain(doc, given) | {"mine": 0.25}
     assert collect_outcomes("copa", task).others["mine"] == 0.25
+
+
+def test_margins_are_one_per_example_with_several_filters(tmp_path):
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("none", "other")]
+    config = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+              "doc_to_target": 0, "metric_list": [{"metric": "acc"}], "filter_list": filters}  # fmt: skip
+    task = make_task("filtered", config, [{"q": "?", "choices": ["a", "b"]}] * 3)
+    build_requests({"filtered": task}, {"filtered": None})
+    answer_tasks({"filtered": task}, model_that_prefers("a"))
+    result = collect_outcomes("filtered", task)
+    assert len(result.margins) == len(result.values) == 3

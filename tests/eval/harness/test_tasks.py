@@ -186,6 +186,14 @@ def test_right_answer_must_be_the_number_of_a_choice(name, record, tmp_path):
         read_rows(LOCAL[name], write_file(tmp_path, name, [record]))
 
 
+@pytest.mark.parametrize("line", ["[1, 2]", '"x"', "3", "null"])
+def test_line_that_is_no_object_is_refused(line, tmp_path):
+    path = write_file(tmp_path, "piqa", [])
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"record 1, is not as eval/README.md describes it"):
+        read_rows(LOCAL["piqa"], path)
+
+
 def test_task_configured_without_shots_shows_none(tmp_path):
     """As in lm-eval: TruthfulQA's prompt has its examples, BLiMP's sentences stand alone."""
     write_file(

@@ -179,6 +179,18 @@ def test_report_is_tracked(tmp_path):
     assert len(table["rows"]) == 4 * (3 + 1) and len(table["rows"][0]) == len(table["columns"])
 
 
+def test_variants_are_shown_on_the_same_examples(tmp_path):
+    """A variant that was decided early answered 50 of 200 examples as the baseline did; the others are harder."""
+    names = ("needle_509", "needle_1024")
+    base = {name: outcomes(100, 200, 0.0, None) for name in names}
+    early = {name: one.first(50) for name, one in base.items()}
+    variant = replace(VARIANTS[1], outcomes=early)
+    report = make_report([replace(VARIANTS[0], outcomes=base), variant], replace(RULES, gate=()), ORIGIN)
+    assert report.average["baseline"]["accuracy"] == 0.5 and report.average["half"]["accuracy"] == 1
+    assert report.average_accuracy("half") == report.average_accuracy("baseline") == 0.5
+    assert report.lengths["half"].scores == report.lengths["baseline"].scores == {509: 1, 1024: 1}
+
+
 def test_scores_by_length_and_the_effective_length(tmp_path):
     """A length is effective only if all shorter ones are; tasks that are not generated do not count."""
     right = {"needle_1024": 96, "ruler_vt_1024": 80, "needle_509": 90, "ruler_vt_509": 90, "needle_4096": 90}

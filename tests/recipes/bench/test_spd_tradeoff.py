@@ -84,14 +84,22 @@ def test_accuracies_come_from_a_report(cli, files, tmp_path):
     variants = {
         "baseline": {"dropped": 0, "repaired": False, "reduce": "float32", **OF},
         "half": {"dropped": 0.5, "repaired": True, "reduce": "int8", **OF},
+        "copies": {"dropped": 1, "repaired": True, "reduce": "int8", "model": "tiny", "mesh": "tp=3 dp=2"},
         "ring": {"dropped": 0, "repaired": False, "reduce": "float32", "model": "tiny", "mesh": "tp=3 ring=2"},
     }
-    average = {"baseline": {"difference": None}, "half": {"difference": -0.004}, "ring": {"difference": 0.9}}
+    average = {
+        "baseline": {"difference": None},
+        "half": {"difference": -0.004},
+        "copies": {"difference": -0.01},
+        "ring": {"difference": 0.9},
+    }
     (tmp_path / "report.json").write_text(json.dumps({"variants": variants, "average": average}))
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, files[1], f"report={tmp_path}/report.json")
     assert code == 0, err
     words = " ".join(err.split())
     assert "accuracy lost, points" in words and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in words
+    assert "int8, 100% dropped, repaired: saves 55.0 %, costs 3.00" in words, "copies of the model change no answer"
+    assert "left out, since the times are those of 3 tensor-parallel ranks: ring on tp=3 ring=2" in words
 
 
 def test_results_of_older_versions_are_refused(refused, files, tmp_path):
@@ -118,8 +126,18 @@ def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
         ([files[0], f"latency=[{other}]"], "is not a result of spd_latency"),
         ([files[0], f"latency=[{tmp_path}/slow.json,{tmp_path}/slow.json]"], "give one for each link"),
         ([*files, "text=poem"], "use one of novel"),
+        ([files[1], f"report={dropping}", "text=novel"], "text=novel chooses a text of the quality file: set quality"),
         ([f"quality={other}", files[1]], "is not a result of spd_quality"),
         ([f"quality={larger}", files[1]], "is of tiny at mesh.tp=3, but quality="),
         ([files[1], f"report={dropping}"], "the report's baseline drops or rounds reductions"),
     ]:
         assert message in refused(spd_tradeoff, spd_tradeoff.task, *words)
+
+
+def test_a_label_means_the_same_rounding_in_all_files(refused, files, tmp_path):
+    for name, dtype in (("quality", "int6"), ("slow", "int8")):
+        values = json.loads((tmp_path / f"{name}.json").read_text())
+        values["rivals"] = {"int8": {"attention": dtype, "mlp": dtype, "group": 64}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    message = refused(spd_tradeoff, spd_tradeoff.task, *files)
+    assert "give different settings different labels" in message and "int6" in message

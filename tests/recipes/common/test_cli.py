@@ -280,6 +280,25 @@ def test_refused_sweep_leaves_no_records(cli, tmp_path, monkeypatch):
     assert list((tmp_path / "mine").rglob("multirun.yaml"))
 
 
+def test_runs_of_a_sweep_write_to_different_places(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = []
+    words = ("--multirun", "max_new_tokens=3,5", "session.save=talk", "out=t.json")
+    code, _, err = cli(chat, lambda config: places.append((config.out, config.session.save)), *words)
+    assert code == 0, err
+    assert places == [("0/t.json", "talk/0"), ("1/t.json", "talk/1")]
+
+
+def print_to_nobody(_: Rank) -> None:
+    raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_reader_of_the_output_that_is_gone_is_no_failed_rank():
+    with pytest.raises(SystemExit) as leaving:
+        recipe_cli.exit_on_error(lambda: recipe_cli.on_ranks(Mesh(ring=2), print_to_nobody))
+    assert leaving.value.code == 141
+
+
 def test_error_of_the_disk_on_a_launcher_s_rank_is_a_failure_in_one_line(under_torchrun):
     """Exit code 2 would mean wrong settings, after which Slurm does not start the job again."""
     under_torchrun(1, 2)

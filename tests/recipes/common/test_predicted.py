@@ -32,6 +32,9 @@ def test_turn_is_predicted_with_its_strategies_and_half_of_its_answer(decode):
         "ttit_s": decode_cost(SHAPE, one.mesh, MACHINE, [1005, 3002], strategy, Numbers()).seconds,
     }
     assert predict_turn(one, MACHINE, [9], SimpleNamespace(ttit_s=None), session)["ttit_s"] is None
+    # A prompt whose answer has one token takes no decode step.
+    longer = SimpleNamespace(ttit_s=0.1, tokens={**turn.tokens, 2: [3], 3: []})
+    assert predict_turn(one, MACHINE, [1000, 3000, 9000, 9000], longer, session)["ttit_s"] == predicted["ttit_s"]
 
 
 def test_reductions_that_context_ranks_drop_are_predicted():
