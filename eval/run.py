@@ -180,6 +180,8 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)
     publish.track(report, job.out, tracker)
     console.print(page.summary(report))
+    for line in page.verdicts_on_one_task(report):
+        say(line)
     console.print(f"written to {job.out}/report.md, report.json")
     return report
 

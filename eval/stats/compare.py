@@ -95,6 +95,19 @@ def compare(
     )
 
 
+def verdicts_without(tasks: Sequence[Pair], *, allowed_drop: float, z: float = Z) -> list[Verdict]:
+    """Return, for each of ``tasks``, the verdict on the average of the others; there must be two tasks or more.
+
+    If one differs from the verdict on all tasks, that verdict rests on one task, whose gain may hide losses of others.
+    """
+    differences = [np.asarray(other, float) - np.asarray(base, float) for base, other in tasks]
+    verdicts = []
+    for i in range(len(differences)):
+        low, high = map(float, score_interval(count_changes(differences[:i] + differences[i + 1 :]), z))
+        verdicts.append(decide(low, high, allowed_drop))
+    return verdicts
+
+
 def decide(low: float, high: float, allowed_drop: float) -> Verdict:
     """Return the verdict that follows from the interval (``low``, ``high``) of the difference variant - baseline.
 

@@ -83,7 +83,17 @@ def _averages(report: Report) -> str:
         table_rows.append([name, f"{variant.dropped:.0%}", variant.mesh, *cells, speed])
     tasks = ", ".join(report.averaged) or "no task of accuracy"
     table = _table(["variant", "dropped", "mesh", *_COMPARED, "tokens/s"], table_rows)
-    return f"The {AVERAGE} of {tasks}; each task has the same weight.\n\n{table}"
+    notes = [f"* {line}" for line in verdicts_on_one_task(report)]
+    return "\n\n".join([f"The {AVERAGE} of {tasks}; each task has the same weight.", table, *notes])
+
+
+def verdicts_on_one_task(report: Report) -> list[str]:
+    """Return a sentence for each variant whose verdict would differ without one of the averaged tasks."""
+    return [
+        f"The verdict on {name} rests on one task: without {task} it would be {verdict}."
+        for name, figures in report.average.items()
+        for task, verdict in figures.get("rests_on", {}).items()
+    ]
 
 
 def _needs(report: Report) -> list[str]:

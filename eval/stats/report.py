@@ -14,6 +14,7 @@ from eval.stats.compare import (
     compare_margins,
     compare_perplexity,
     is_near_chance,
+    verdicts_without,
 )
 from eval.stats.depths import DepthScores, score_depths
 from eval.stats.lengths import LengthScores, score_lengths
@@ -66,6 +67,7 @@ class Figures(TypedDict, total=False):
     A baseline has None for all comparisons.  A variant's ``baseline`` is the accuracy of the baseline on the variant's
     ``n`` examples; the baseline may have answered more.  Tasks of perplexity have accuracy None and ``perplexity``;
     their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
+    ``rests_on``: for an average that is decided, the tasks without which its verdict would differ, with that verdict.
     ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
     ``metrics``: totals of all of lm-eval's metrics, only for a task of accuracy.
     """
@@ -83,6 +85,7 @@ class Figures(TypedDict, total=False):
     verdict: Verdict | None
     needed: Mapping[str, int] | None
     margin: Mapping[str, float | None] | None
+    rests_on: Mapping[str, Verdict]
     metrics: Mapping[str, float]
 
 
@@ -174,9 +177,10 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
     tasks = {name: {one.name: _compare_task(base, one, name, rules) for one in scored} for name in base}
     average = {}
     for one in scored if averaged else ():
-        average[one.name] = _compare_tasks(base, one, averaged, rules)
+        figures = _compare_tasks(base, one, averaged, rules)
+        average[one.name] = figures | Figures(rests_on=_rest_on(base, one, averaged, rules, figures["verdict"]))
         if averaged[0] in chance and one.name != BASELINE:  # guessing loses nothing, whatever the interval says
-            average[one.name] |= Figures(verdict="undecided", needed=None)
+            average[one.name] |= Figures(verdict="undecided", needed=None, rests_on={})
     return Report(
         tasks=tasks,
         average=average,
@@ -217,6 +221,21 @@ def _compare_tasks(
     )
     margins = [(one.margins, other.margins) for one, other in pairs if one.margins]
     return _accuracy_figures(accuracy, compare_margins(margins, z=rules.z) if margins else None, variant, names)
+
+
+def _rest_on(
+    base: Mapping[str, Outcomes],
+    variant: ScoredVariant,
+    names: Sequence[str],
+    rules: GateRules,
+    verdict: Verdict | None,
+) -> dict[str, Verdict]:
+    """Return the tasks among ``names`` without which a deciding ``verdict`` would differ, with the other verdict."""
+    if verdict in (None, "undecided") or len(names) < 2:
+        return {}
+    pairs = [(base[name].first(len(other := variant.outcomes[name].values)).values, other) for name in names]
+    without = zip(names, verdicts_without(pairs, allowed_drop=rules.allowed_drop, z=rules.z), strict=True)
+    return {name: other for name, other in without if other != verdict}
 
 
 def _accuracy_figures(

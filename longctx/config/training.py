@@ -164,3 +164,7 @@ class LoRA:
             raise ValueError(
                 f"lora.targets={list(self.targets)}: name at least one of {', '.join(get_args(Adapted))}, and each once"
             )
+        if self.rank is None and (self.alpha, self.targets) != (LoRA.alpha, LoRA.targets):
+            raise ValueError(
+                "lora.alpha and lora.targets need lora.rank: set it, such as lora.rank=8, or leave them out"
+            )

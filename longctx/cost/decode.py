@@ -44,7 +44,8 @@ class DecodeWork:
     ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These two,
     ``heads``, ``kv_heads`` and ``vocab_size`` count what one of the ``tp`` tensor-parallel ranks has.
     ``element_bytes`` is the size of one activation or weight; ``layer_bytes`` is the size of all ``layer_weights``.
-    ``sums`` is the number of tensor-parallel all-reduces in a layer: 2, or less on average if some blocks drop one.
+    A layer has ``sums`` tensor-parallel all-reduces of hidden states: 2, or less on average if some blocks drop one.
+    ``pairs`` of its all-reduces sum two hidden states in one message, and ``norm_sums`` one number for each row.
     """
 
     batch: int
@@ -62,6 +63,17 @@ class DecodeWork:
     ulysses: int = 1
     tp: int = 1
     sums: float = 2.0
+    pairs: float = 0.0
+    norm_sums: int = 0
+
+    def layer_sums(self, ranks: int) -> Iterator[tuple[float, float]]:
+        """Yield the number of all-reduces over ``ranks`` in a layer, and the bytes that a rank sends in each."""
+        hidden = (ranks - 1) * self.batch * self.element_bytes * self.hidden
+        yield self.sums, hidden
+        if self.pairs:
+            yield self.pairs, 2 * hidden
+        if self.norm_sums:
+            yield self.norm_sums, (ranks - 1) * self.batch * 4  # float32
 
 
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
@@ -94,7 +106,8 @@ def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
         return
     yield work.layers, others * row_bytes * (work.heads + 2 * work.kv_heads) * work.head_dim
     yield work.layers, others * partials
-    yield work.sums * work.layers, (work.tp * work.ranks - 1) * row_bytes * work.hidden
+    for count, size in work.layer_sums(work.tp * work.ranks):
+        yield work.layers * count, size
     yield 1, others * row_bytes * work.vocab_size
 
 
@@ -108,8 +121,8 @@ def exchange_seconds(work: DecodeWork, link: Link, strategy: str) -> float:
 
 def gather_merge_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
     """Return the seconds of a decode step by ``gather_merge``: GEMMs and collectives, without attention itself."""
-    tp_sum = hardware.exchange.seconds((work.tp - 1) * work.batch * work.element_bytes * work.hidden)
-    exchanged = exchange_seconds(work, hardware.exchange, "gather_merge") + work.sums * work.layers * tp_sum
+    tp_s = sum(count * hardware.exchange.seconds(size) for count, size in work.layer_sums(work.tp))
+    exchanged = exchange_seconds(work, hardware.exchange, "gather_merge") + work.layers * tp_s
     return product_seconds(work, hardware, 1) + exchanged
 
 

@@ -154,6 +154,7 @@ def prefill_cost(
 def decode_work(shape: Decoder, mesh: Degrees, batch: int, numbers: Numbers) -> DecodeWork:
     """Return the sizes of a decode step of ``batch`` sequences that `longctx.cost.decode` needs."""
     projections, ffn = layer_weights(shape)
+    sums, pairs, norm_sums = layer_reductions(shape, numbers.spd_share)
     return DecodeWork(
         batch=batch,
         ranks=mesh.ulysses * mesh.ring,
@@ -169,8 +170,24 @@ def decode_work(shape: Decoder, mesh: Degrees, batch: int, numbers: Numbers) -> 
         element_bytes=numbers.element,
         ulysses=mesh.ulysses,
         tp=mesh.tp,
-        sums=2 - numbers.spd_share,
+        sums=sums,
+        pairs=pairs,
+        norm_sums=norm_sums,
     )
+
+
+def layer_reductions(shape: Decoder, spd_share: float) -> tuple[float, float, int]:
+    """Return a layer's average numbers of tensor-parallel all-reduces in a forward pass, by kind.
+
+    They are those of hidden states, those of two hidden states in one message, and those of one number for each row.
+    The share ``spd_share`` of the blocks drops its first reduction.  If the outputs of attention and MLP are
+    normalised, such a block sums both in one message of twice the size.  A norm of queries or keys over all heads sums
+    squares.
+    """
+    norm_sums = 2 if shape.qk_norm == "width" else 0
+    if shape.norms == "pre":
+        return 2 - spd_share, 0.0, norm_sums
+    return 2 - 2 * spd_share, spd_share, norm_sums
 
 
 def decode_cost(
@@ -252,16 +269,29 @@ def _layers(
     head = shape.hidden * shape.vocab_size / mesh.tp
     weights = (projections + ffn) * shape.layers / mesh.tp
     read = (projections * numbers.element + ffn * numbers.ffn) * shape.layers / mesh.tp + head * numbers.element
-    reductions = shape.layers * (2 - numbers.spd_share)
-    size = rows * shape.hidden * numbers.element
-    sum_s = machine.all_reduce_seconds(size, mesh.tp)
-    if numbers.reduce != "float32" and mesh.tp > 1:
-        sum_s = machine.rounded_reduction_seconds(rows, shape.hidden, mesh.tp, numbers.reduce)
-        size = message_bytes(int(rows), shape.hidden, numbers.reduce)
+    reduce_s, reduced = _reductions(shape, mesh, machine, rows, numbers)
     parts = {
         "products": (2 * weights * rows + 2 * head * sequences) / machine.gemm_flops,
         "weights": read / machine.memory_bytes_per_s,
-        "tp": reductions * sum_s,
+        "tp": reduce_s,
         "overhead": shape.layers * machine.layer_s,
     }
-    return parts, reductions * 2 * (mesh.tp - 1) / mesh.tp * size
+    return parts, reduced
+
+
+def _reductions(shape: Decoder, mesh: Degrees, machine: Machine, rows: float, numbers: Numbers) -> tuple[float, float]:
+    """Return the seconds of all layers' tensor-parallel all-reduces of ``rows`` rows, and a rank's bytes sent."""
+    if mesh.tp == 1:
+        return 0.0, 0.0
+    sums, pairs, norm_sums = layer_reductions(shape, numbers.spd_share)
+    seconds = norm_sums * machine.all_reduce_seconds(4 * rows, mesh.tp)  # float32
+    size = norm_sums * 4 * rows
+    for count, states in ((sums, 1), (pairs, 2)):
+        if numbers.reduce == "float32":
+            one = states * rows * shape.hidden * numbers.element
+            seconds += count * machine.all_reduce_seconds(one, mesh.tp)
+        else:
+            one = message_bytes(int(states * rows), shape.hidden, numbers.reduce)
+            seconds += count * machine.rounded_reduction_seconds(states * rows, shape.hidden, mesh.tp, numbers.reduce)
+        size += count * one
+    return shape.layers * seconds, shape.layers * 2 * (mesh.tp - 1) / mesh.tp * size

@@ -140,13 +140,20 @@ def hardware_of(values: Any, source: str) -> Hardware:
         peak = values.get("peak_flops")
         peak = None if peak is None else float(peak)
         layer, at_once = _layer_of(values.get("layer")), values.get("ranks_at_once")
-        at_once = None if at_once is None else int(at_once)
+        at_once = None if at_once is None else whole(at_once)
         backward = float(values.get("backward", Hardware.backward))
         return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, layer, at_once, backward)
     except KeyError as missing:
         raise ValueError(f"{source} has no field {missing}; {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not a hardware file ({error}); {fix}") from error
+
+
+def whole(value: Any) -> int:
+    """Return ``value`` as a whole number.  Raises ValueError if it has a fraction."""
+    if not float(value).is_integer():
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)
 
 
 def _layer_of(values: Mapping[str, Any] | None) -> LayerRates | None:

@@ -1,10 +1,11 @@
 """Read a `Machine` from YAML: a file of configs/machine/, or the one that recipes.calibrate writes on one node."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from longctx.cost.hardware import Hardware, hardware_of, link_of, refuse_unknown
+from longctx.cost.hardware import Hardware, hardware_of, link_of, refuse_unknown, whole
 from longctx.cost.machine import Accuracy, Level, Machine
 
 
@@ -22,10 +23,10 @@ def machine_of(values: Any, source: str) -> Machine:
         levels = [_level_of(one) for one in values["levels"]]
         errors = errors_of(values, source)
         # 2. Convert the numbers.
-        whole = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
+        counts = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
         others = ("fitted", "levels", "errors")
         given = {name: value for name, value in values.items() if name not in others and value is not None}
-        plain: dict[str, Any] = {name: (_whole if name in whole else float)(value) for name, value in given.items()}
+        plain: dict[str, Any] = {name: (whole if name in counts else float)(value) for name, value in given.items()}
         return Machine(levels=levels, errors=errors, **plain)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -52,15 +53,10 @@ def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
 def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
     """Return the `Accuracy` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Accuracy)], "an accuracy")
-    element_bytes = int(values.get("element_bytes", Accuracy.element_bytes))
-    return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
-
-
-def _whole(value: Any) -> int:
-    """Return ``value`` as a whole number.  Raises ValueError if it has a fraction."""
-    if not float(value).is_integer():
-        raise ValueError(f"{value} is not a whole number")
-    return int(value)
+    element_bytes, share = whole(values.get("element_bytes", Accuracy.element_bytes)), float(values["share"])
+    if not 0 <= share < math.inf:
+        raise ValueError(f"share={share} is not a number of 0 or more")
+    return Accuracy(share, tuple(map(str, values["axes"])), whole(values["ranks"]), element_bytes)
 
 
 def _level_of(values: Mapping[str, Any]) -> Level:
@@ -68,7 +64,7 @@ def _level_of(values: Mapping[str, Any]) -> Level:
     refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
     return Level(
         name=str(values["name"]),
-        ranks=_whole(values["ranks"]),
+        ranks=whole(values["ranks"]),
         hop=link_of(values["hop"]),
         exchange=link_of(values["exchange"]),
         step_s=None if values.get("step_s") is None else float(values["step_s"]),

@@ -51,10 +51,16 @@ def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float
     return 2 * (ranks - 1) * (hop_s + size / ranks / bytes_per_s)
 
 
-def spd_reducing_seconds(layers: int, share: float, attention_s: float, mlp_s: float) -> float:
+def spd_reducing_seconds(
+    layers: int, share: float, attention_s: float, mlp_s: float, both_s: float | None = None
+) -> float:
     """Return the seconds of all reductions of a forward in which a ``share`` of the ``layers`` drops its first one.
 
     ``attention_s`` and ``mlp_s`` are the seconds of one reduction after attention and after the MLP.  If the two are
     equal, this is L (2 - p) t_AR of arXiv 2502.20727: T(p) = T_compute + L (2 - p) t_AR.
+
+    In models that normalise the outputs of attention and MLP, a block that drops a reduction sums both outputs in one,
+    which takes ``both_s`` (None: ``mlp_s``).
     """
-    return layers * ((1 - share) * attention_s + mlp_s)
+    one_s = mlp_s if both_s is None else both_s
+    return layers * ((1 - share) * (attention_s + mlp_s) + share * one_s)

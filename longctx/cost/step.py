@@ -26,7 +26,7 @@ from longctx.cost.attention import (
     ulysses_seconds,
 )
 from longctx.cost.experts import dense_ffn_weights, expert_layers, expert_weights, experts_cost
-from longctx.cost.forward import Numbers, PassCost, layer_weights, ring_works
+from longctx.cost.forward import Numbers, PassCost, layer_reductions, layer_weights, ring_works
 from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
 
@@ -72,7 +72,9 @@ def step_cost(
     attention, sent = _attention(shape, mesh, machine, work, strategy, numbers)
     products, tp_s, tp_bytes = _products(shape, mesh, machine, work, numbers)
     overhead = shape.layers / mesh.pp * (3 * machine.layer_s + 2 * mesh.ring * machine.step_s)
-    hop_bytes = work.length * work.sequences / (mesh.ulysses * mesh.ring) * shape.hidden * numbers.element
+    # With sequence parallelism, each tensor-parallel rank sends its share of the rows to the next stage.
+    hop_rows = work.length * work.sequences / (mesh.ulysses * mesh.ring * mesh.tp)
+    hop_bytes = hop_rows * shape.hidden * numbers.element
     stage = machine.level(mesh.pp, mesh.tp * mesh.ulysses * mesh.ring * mesh.dp).hop
     rows, again = work.length * work.sequences / (mesh.tp * mesh.ulysses * mesh.ring), work.recompute == "full"
     experts_s, of_experts = experts_cost(shape, mesh, machine, rows, numbers.element, recomputed=again)
@@ -142,15 +144,20 @@ def _products(
     weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
     unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
     read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
-    # Recomputing a dense MLP gathers its input and scatters its output again: together one reduction.
-    recomputed = {"none": 0.0, "selective": 1 - expert_layers(shape) / shape.layers, "full": 2.0}[work.recompute]
-    reductions = layers * (5 - 2 * numbers.spd_share + recomputed)
+    # Recomputing a dense MLP gathers its input and scatters its output again: together one reduction.  A block that
+    # drops its reduction does neither, unless its outputs are normalised.
+    dropped = numbers.spd_share if shape.norms == "pre" else 0.0
+    again_sums = {"none": 0.0, "selective": 1 - expert_layers(shape) / shape.layers - dropped, "full": 2 - dropped}
+    reductions = layers * (5 - 2 * dropped + again_sums[work.recompute])
     if mesh.ep > 1:
         reductions *= 1 - expert_layers(shape) / shape.layers / 2
     size = rows * shape.hidden * numbers.element
+    # A norm of queries or keys over all heads sums squares, in the backward too.
+    norm_sums = layers * layer_reductions(shape, 0)[2] * (3 if work.recompute == "full" else 2)
     tp_s = reductions * machine.all_reduce_seconds(size, mesh.tp)
+    tp_s += norm_sums * machine.all_reduce_seconds(4 * rows, mesh.tp)
     products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
-    return products, tp_s, reductions * 2 * (mesh.tp - 1) / mesh.tp * size
+    return products, tp_s, 2 * (mesh.tp - 1) / mesh.tp * (reductions * size + norm_sums * 4 * rows)
 
 
 def _update(

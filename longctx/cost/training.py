@@ -22,7 +22,7 @@ steps.  Recomputation (of activations, or of the scores in a flash backward) is 
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -67,6 +67,10 @@ class Decoder(Protocol):
     def experts(self) -> Sequence[Mixture | None]: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def norms(self) -> Literal["pre", "post", "sandwich"]: ...
+    @property
+    def qk_norm(self) -> Literal["none", "head", "width"]: ...
 
 
 def train_flops(shape: Decoder, lengths: Sequence[int], causal: bool) -> int:

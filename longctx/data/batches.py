@@ -112,15 +112,6 @@ def refuse_uneven_batch(size: int, dp_size: int) -> None:
         )
 
 
-def refuse_nothing_to_learn(counted: int, where: str) -> None:
-    """Raise ValueError if ``counted``, the number of targets with a loss in the text or batch ``where``, is 0."""
-    if not counted:
-        raise ValueError(
-            f"{where} has nothing to learn from: no token is followed by another one of its document; "
-            "give longer documents, or set data.end_token=true"
-        )
-
-
 def left_out(state: State) -> dict[str, int]:
     """Return the numbers of records left out before a state of `training_batches`, over all sources and epochs.
 

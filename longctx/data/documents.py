@@ -28,13 +28,15 @@ class Document:
 
     With ``data.end_token``, the last token of the document is the tokenizer's end token.  ``where`` is file and line,
     or dataset and row.  Parts come in order; all but the last have ``ends=False``.  ``learned`` is True for tokens that
-    count in the loss, and False for tokens that are only context; None if all count.
+    count in the loss, and False for tokens that are only context; None if all count.  ``source`` is the number of its
+    source among several, which `longctx.data.mixing` sets.
     """
 
     tokens: Positions
     where: str
     ends: bool = True
     learned: Bool[Tensor, " s"] | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _digest(source_files: tuple[SourceFile, ...]) -> str:
 
 def _identity(source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings) -> State:
     """Return what a resumed run compares: the files, their order and, where records have keys, the key of the text."""
-    has_keys = source.name or any(".jsonl" in file.name or ".parquet" in file.name for file in source_files)
+    has_keys = source.name or any(kind in file.name.lower() for kind in (".jsonl", ".parquet") for file in source_files)
     key = {"text_key": source.text_key} if has_keys and not data.conversations else {}
     return {"files": _digest(source_files), "order": _order(data), **key}
 

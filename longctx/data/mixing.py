@@ -1,9 +1,15 @@
 """Mix sources by weight without random draws: each source's tokens so far decide which source is next."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from longctx.data.documents import Document
 from longctx.data.stage import Stage, StageWithStart, State, start_of
+
+
+def beginning_with(state: State | None, source: int | None) -> State | None:
+    """Return the ``state`` of `interleave` whose next document is of ``source`` (None: there is only one source)."""
+    return state if state is None or source is None else {**state, "first": source}
 
 
 def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> StageWithStart[Document]:
@@ -11,9 +17,11 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
 
     The next document comes from the source with the fewest tokens relative to its weight; in a tie, from the first.  A
     source is therefore never ahead of its share by more than its last document.  When a source ends, the other sources
-    continue in proportion to their weights.  A run that resumes with other weights counts tokens from 0 again.
-    Otherwise a source with a larger weight would first give all documents, until it had its new share of all earlier
-    tokens.
+    continue in proportion to their weights.  A state of `beginning_with` names the source of the next document: with
+    another number of epochs, a source that had ended would otherwise come first again.
+
+    A run that resumes with other weights counts tokens from 0 again.  Otherwise a source with a larger weight would
+    first give all documents, until it had its new share of all earlier tokens.
 
     The iteration raises ValueError for a resume state of another number of sources.
     """
@@ -32,9 +40,12 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
         # The first document comes from the source that the interrupted run would have read: it may be cut already.
         shares = list((state or start).get("weights", weights))
         live = {i: source(states[i]) for i, source in enumerate(sources)}
+        first = (state or start).get("first")
         while live:
-            turn = min(live, key=lambda i: tokens[i] / shares[i])
-            for document, after in live[turn]:
+            turn = min(live, key=lambda i: tokens[i] / shares[i]) if first is None else first
+            first = None
+            for one, after in live[turn]:
+                document = replace(one, source=turn if len(sources) > 1 else None)
                 tokens[turn] += len(document.tokens)
                 if document.ends:
                     states[turn] = after

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from longctx.data.documents import Document
+from longctx.data.mixing import beginning_with
 from longctx.data.stage import Stage, State, start_of
 from longctx.shapes import Bool, Int, Positions, Tensor
 
 log = logging.getLogger(__name__)
+_FRUITLESS = 1000  # sequences without a target that counts
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
                     # A cut document is tokenized again on resume.  The state therefore has the state before it, and its
                     # number of used tokens.
                     is_cut = tokens.shape[1] > 0
-                    resume = {"documents": before, "used": used} if is_cut else {"documents": after, "used": 0}
+                    cut = {"documents": beginning_with(before, document.source), "used": used}
+                    resume = cut if is_cut else {"documents": after, "used": 0}
                     yield _concatenate(pieces), resume
                     pieces, missing = [], length
             rest = tokens
@@ -117,14 +120,30 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
 
 
 def learnable(sequences: Stage[PackedSequence]) -> Stage[PackedSequence]:
-    """Return ``sequences`` without those in which no target counts in the loss."""
+    """Return ``sequences`` without those in which no target counts in the loss.
+
+    The iteration raises ValueError after `_FRUITLESS` such sequences in a row: the text may be endless.
+    """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
+        in_a_row = 0
         for sequence, after in sequences(state):
-            if sequence.mask.any():
+            in_a_row = 0 if sequence.mask.any() else in_a_row + 1
+            if not in_a_row:
                 yield sequence, after
+            elif in_a_row == _FRUITLESS:
+                refuse_nothing_to_learn(0, f"a stretch of {_FRUITLESS:,} sequences")
 
     return run
+
+
+def refuse_nothing_to_learn(counted: int, where: str) -> None:
+    """Raise ValueError if ``counted``, the number of targets with a loss in the text or batch ``where``, is 0."""
+    if not counted:
+        raise ValueError(
+            f"{where} has nothing to learn from: no token is followed by another one of its document; "
+            "give longer documents, or set data.end_token=true"
+        )
 
 
 def _unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:

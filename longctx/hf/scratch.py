@@ -148,6 +148,9 @@ def config_for_context(
     if rope_theta:
         same = _same_rotary(config, stated) if max_positions else {}
         rope |= {**same.get("rope_parameters", {}), "rope_theta": rope_theta}
+    if "original_max_position_embeddings" in stated and "original_max_position_embeddings" in rope:
+        # transformers prefers the value at the top of the file.
+        fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return {**fields, "rope_parameters": rope}
 
 
@@ -165,6 +168,14 @@ def _refuse_factor(rope_factor: float, config: Any, rope_type: str) -> None:
         )
 
 
+# Fields that must be stated for each type of rotary embedding, so that it does not depend on max_position_embeddings.
+_FIXED = {
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "factor"),
+}
+
+
 def _same_rotary(config: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Return the field of config.json that makes a scaled rotary embedding independent of max_position_embeddings.
 
@@ -172,25 +183,25 @@ def _same_rotary(config: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     the ratio of the two lengths.  ``stated`` is the file's content.  The result is empty if the file states all that
     its rotary embedding needs, so that the fingerprint of such a model does not change.
 
-    Raises ValueError for a model that has a rotary embedding for each type of layers and lacks the original length.
+    Raises ValueError for a model that has a rotary embedding for each type of layers and lacks such a field.
     """
-    scaled = {"yarn": ("original_max_position_embeddings",), "llama3": ("original_max_position_embeddings",),
-              "longrope": ("original_max_position_embeddings", "factor")}  # fmt: skip
+    # transformers' own values are in config.rope_parameters: only the file says what is stated.
     in_file = {**stated, **(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
     rope = dict(config.rope_parameters or {})
     if "rope_type" not in rope:  # by type of layers
-        by_type = [one for one in rope.values() if isinstance(one, Mapping)]
-        lacking = [one for one in by_type if set(scaled.get(one.get("rope_type", ""), ())) - set(one)]
-        if lacking:
-            raise ValueError(
-                "model.max_positions: the rotary embeddings of this model have no original_max_position_embeddings; "
-                "add it in a copy of its config.json"
-            )
+        for kind, one in rope.items():
+            of_kind = {**in_file, **(in_file[kind] if isinstance(in_file.get(kind), Mapping) else {})}
+            needed = _FIXED.get(one.get("rope_type", ""), ()) if isinstance(one, Mapping) else ()
+            if lacking := [name for name in needed if not of_kind.get(name)]:
+                raise ValueError(
+                    f"model.max_positions: the rotary embedding of {kind} in this model has no {lacking[0]}; add it in "
+                    "a copy of its config.json"
+                )
         return {}
-    needed = scaled.get(rope["rope_type"], ())
+    needed = _FIXED.get(rope["rope_type"], ())
     if all(name in in_file for name in needed):
         return {}
-    original = in_file.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     values = {"original_max_position_embeddings": original, "factor": config.max_position_embeddings / original}
     return {"rope_parameters": {**rope, **{name: in_file.get(name) or values[name] for name in needed}}}
 

@@ -283,7 +283,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
         file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}
         if settings.hardware:  # all other constants, and what is known of them, are those of that file
             given = yaml.safe_load(Path(settings.hardware).expanduser().read_text(encoding="utf-8"))
-            origin = {**(given.get("measured") or {}), "empirical": file["measured"]}
+            origin = {**(given.get("measured") or {}), **({"empirical": file["measured"]} if constants else {})}
             file = {**given, "measured": origin, "empirical": file["empirical"]}
         Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))

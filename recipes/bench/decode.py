@@ -19,7 +19,7 @@ from rich.table import Table
 
 from longctx.config import Context, Sampling
 from longctx.parallel.launch import Rank
-from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
+from longctx.spd.plan import SPDPlan, least_budget, refuse_unfit_shape, within
 from recipes.bench.hosts import DEFAULT_RATE, is_host, refuse_links, run_on_hosts
 from recipes.bench.timing import barrier, make_random_cache, measure_in_rounds, measure_seconds
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
@@ -109,6 +109,12 @@ def prepare(config: DictConfig) -> DecodeJob:
         if target.mesh.context == 1:
             raise ValueError("dropped: one rank has no reduction to drop; use mesh.ring=2 or more, or dropped=[]")
         refuse_unfit_shape(target.shape)
+        blocks = [len(plan_for(share, target).dropped) for share in settings.dropped]
+        if 0 in blocks or len({*blocks}) < len(blocks):
+            raise ValueError(
+                f"dropped={list(settings.dropped)} are {blocks} of {target.shape.layers} blocks: give shares of "
+                f"different numbers of blocks, from {least_budget(target.shape.layers):g}"
+            )
     refuse_links(settings.hosts, settings.rate, settings.latency_us, target.mesh)
     return DecodeJob(settings, target)
 
@@ -123,7 +129,8 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
         alone = load_alone(runtime, engine, target.model, target.folder)
         variants: dict[str, Variant] = {name: Variant(engine, Context(decode=name)) for name in settings.strategies}
         for share in settings.dropped:
-            variants[f"sharded, {share:.0%} dropped"] = Variant(engine, Context(decode="sharded"), share)
+            dropped = len(plan_for(share, target).dropped) / target.shape.layers
+            variants[f"sharded, {dropped:.1%} dropped"] = Variant(engine, Context(decode="sharded"), share)
         variants[ONE_RANK] = Variant(alone, Context())
         times = []
         for batch in settings.batch:

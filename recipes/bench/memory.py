@@ -68,6 +68,8 @@ class MemoryRun:
         of_training = (self.dp, self.pp, self.zero1, self.recompute, self.mlp_rows, self.offload)
         if self.work != "train" and of_training != (1, 1, False, "none", None, None):
             raise ValueError(f"work={self.work} has no dp, pp, zero1, recompute, mlp_rows or offload: use work=train")
+        if self.work == "decode" and self.strategy != MemoryRun.strategy:
+            raise ValueError(f"strategy={self.strategy} is of prefill: with work=decode, set context.decode instead")
 
     @property
     def mesh(self) -> Mesh:
@@ -103,6 +105,8 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
     refuse_gpu(job.target, RECIPE)
     if job.target.context.layout != "zigzag":
         raise ValueError(f"context.layout={job.target.context.layout}: {RECIPE} measures zigzag only; leave it out")
+    if job.target.context.decode == "sharded":
+        raise ValueError(f"context.decode=sharded is not measured by {RECIPE}: use gather_merge")
     if job.target.shape.mixture and any(run.work != "train" for run in runs):
         raise ValueError(f"{RECIPE} predicts mixtures of experts in training only: use runs with work: train")
     own = {name: getattr(job.settings, name) for name in ("recompute", "mlp_rows", "offload")}

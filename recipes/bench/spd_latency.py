@@ -211,11 +211,12 @@ def predict_reducing(reduce: Reduce, dropped: float, phase: str, links: Links, j
     """
     tokens, shape = job.settings.tokens if phase == "prefill" else 1, job.target.shape
 
-    def seconds(dtype: str) -> float:
+    def seconds(dtype: str, states: int = 1) -> float:
         hops = (job.target.mesh.tp, links.hop_s, links.bytes_per_s)
-        return reduction_seconds(tokens, shape.hidden, *hops, dtype, reduce.group)
+        return reduction_seconds(states * tokens, shape.hidden, *hops, dtype, reduce.group)
 
-    return spd_reducing_seconds(shape.layers, dropped, seconds(reduce.attention), seconds(reduce.mlp))
+    both_s = None if shape.norms == "pre" else seconds(reduce.mlp, 2)
+    return spd_reducing_seconds(shape.layers, dropped, seconds(reduce.attention), seconds(reduce.mlp), both_s)
 
 
 def show(table_rows: list[LatencyRow]) -> None:

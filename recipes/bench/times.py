@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
+from longctx.config import Context
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.cost.machine import Accuracy, Machine
 from longctx.cost.step import step_cost
@@ -94,7 +95,8 @@ def prepare(config: DictConfig) -> TimesJob:
     refuse_gpu(job.target, RECIPE)
     if job.target.context.layout != "zigzag":
         raise ValueError(f"context.layout={job.target.context.layout}: {RECIPE} measures zigzag only; leave it out")
-    refuse_set_by_runs(job, RECIPE)
+    decode = job.target.context.decode
+    refuse_set_by_runs(job, RECIPE, {"context.decode": decode if decode != Context().decode else None})
     if settings.json:
         merge(settings.json, (), dict.fromkeys(run.group for run in runs))  # raises for a file of an older version
     if job.settings.offload:

@@ -45,7 +45,7 @@ def refuse_set_by_runs(job: TrainJob, recipe: str, more: Mapping[str, object] | 
 def refuse_gpu(target: Target, recipe: str) -> None:
     """Raise ValueError, naming ``recipe``, if the run is on a GPU: this benchmark does not wait for a GPU's work."""
     if target.run.device != "cpu":
-        raise ValueError(f"run.device={target.run.device}: {recipe} measures cpu only; use run=cpu")
+        raise ValueError(f"run.device={target.run.device}: {recipe} measures cpu only; use run=local")
 
 
 @dataclass(frozen=True)

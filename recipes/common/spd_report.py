@@ -72,4 +72,8 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
         verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in on_tp.items()) or "none drops at mesh.tp above 1"
         return AllowedDrop(0.0, None, f"{setting}: no variant with dropped reductions is no worse ({verdicts})")
     name, (share, tp) = max(decided.items(), key=lambda item: item[1])
-    return AllowedDrop(share, tp, f"{setting}: up to {share:.0%} of the blocks may drop at mesh.tp={tp} ({name})")
+    rests_on = report["average"][name].get("rests_on") or {}
+    caution = "".join(f"; without {task} {verdict}" for task, verdict in rests_on.items())
+    return AllowedDrop(
+        share, tp, f"{setting}: up to {share:.0%} of the blocks may drop at mesh.tp={tp} ({name}{caution})"
+    )

@@ -95,7 +95,8 @@ def text_of(
     the model's context, or if a token is beyond its vocabulary.  Messages on the length name ``length_setting`` as the
     setting to change.
     """
-    from longctx.data.batches import refuse_nothing_to_learn, training_batches
+    from longctx.data.batches import training_batches
+    from longctx.data.packing import refuse_nothing_to_learn
 
     if data.length > target.shape.max_positions:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from longctx.config import DataSettings, LoRA, Mesh, Optim, Recompute, Track
+from longctx.config import Context, DataSettings, LoRA, Mesh, Optim, Recompute, Track
 from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
@@ -118,6 +118,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
+    if not recipe.startswith("recipes.bench"):  # some benchmarks decode, too
+        _refuse_decode(target)
     refuse_offload(target, settings.offload, lora)
     refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
@@ -173,6 +175,13 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
             f"context.chunk={target.context.chunk} is for inference, and a training step takes whole sequences: use "
             "context.chunk=null"
         )
+
+
+def _refuse_decode(target: Target) -> None:
+    """Raise ValueError for ``context.decode``, unless it lets context ranks drop reductions in training."""
+    decode = target.context.decode
+    if decode != Context.decode and not (decode == "sharded" and target.plan):
+        raise ValueError(f"context.decode={decode} is for inference: leave it out")
 
 
 def refuse_offload(target: Target, where: str | None, lora: LoRA) -> None:
@@ -235,11 +244,14 @@ def first_sequences(
     * a batch that data-parallel ranks cannot share equally, or that has no target;
     * tokens beyond the model's vocabulary.
     """
-    from longctx.data.batches import refuse_nothing_to_learn, refuse_uneven_batch, training_batches
+    from longctx.data.batches import refuse_uneven_batch, training_batches
+    from longctx.data.packing import refuse_nothing_to_learn
 
     refuse_uneven_batch(data.batch, target.mesh.dp)
     first = next(training_batches(data, tokenizer, ends=target.shape.end_tokens)(None), None)
     if first is None:
+        if data.last == "pad":  # only sequences without a target are left out
+            refuse_nothing_to_learn(0, ", ".join(map(str, data.sources)))
         raise ValueError(
             f"{', '.join(map(str, data.sources))}: the text does not fill a batch of data.batch={data.batch} sequences "
             f"of data.length={data.length}: use less of either, or more text"

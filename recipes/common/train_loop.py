@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,13 +83,13 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         progress.start("loading", None)
         state = build_state(runtime, job)
         start = resume(state, job, report)
-        checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep)
+        checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep, start.step)
         # 2. Open the run's record.
         tracker, run_id = _open_record(job, start, report, first)
         # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
         last_step, loss, measured = start.step, None, Measured()
-        for done in train_steps(state, runtime, timer, job, start, stop):
+        for done in _saving_first(train_steps(state, runtime, timer, job, start, stop), checkpoints):
             tracker.log(done.figures, done.step)
             refuse_diverged_step(done, checkpoints, job.out / "checkpoints", job.target.model.dtype)
             measured = measured.after(done.figures["step_s"], done.memory, done.figures.get("offloaded_bytes"))
@@ -108,6 +108,18 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
     if last_step < settings.steps:
         report(_reason_to_end(job, last_step, stop))
     return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on, measured)
+
+
+def _saving_first(steps: Iterator[TrainedStep], checkpoints: Checkpoints) -> Iterator[TrainedStep]:
+    """Yield ``steps``; before an error of the text leaves them, complete the checkpoint that is being written.
+
+    All ranks read the same text, so all of them come here.
+    """
+    try:
+        yield from steps
+    except FaultyText:
+        checkpoints.poll(wait=True)
+        raise
 
 
 def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
@@ -141,13 +153,26 @@ def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Pa
     if not wrong:
         return
     checkpoints.poll(wait=True)
-    last, _ = checkpoint_index.latest_whole(folder)
-    resume = f"the last good checkpoint is {last}, from which the same out= resumes" if last else "no checkpoint exists"
     wider = "; or begin again in another out= with model.dtype=float32" if dtype != "float32" else ""
     raise FloatingPointError(
-        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({resume}): "
+        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({_describe_resume(folder, done.step)}): "
         f"use a lower optim.lr, a longer optim.warmup, or a lower optim.clip above 0{wider}"
     )
+
+
+def _describe_resume(folder: Path, step: int) -> str:
+    """Return in words from which checkpoint in ``folder`` a run can resume whose weights had diverged in ``step``.
+
+    A checkpoint of the step before has the weights that gave the infinite loss.
+    """
+    whole = [place for place in checkpoint_index.checkpoint_folders(folder) if not checkpoint_index.fault_of(place)]
+    bad = [place for place in whole if checkpoint_index.read_metadata(place)["step"] == step - 1]
+    good = [place for place in whole if place not in bad]
+    resumes = f"the last good checkpoint is {good[-1]}, from which the same out= resumes" if good else ""
+    if bad:
+        then = f": remove it; {resumes}" if good else " too: give another out="
+        return f"the weights in {bad[0]} have diverged{then}"
+    return resumes or "no checkpoint exists"
 
 
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
@@ -195,7 +220,8 @@ def train_steps(
     to stop ends the run after the current step, without an evaluation that is not due.
     """
     from longctx.attention.backends import checked_kernel
-    from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
+    from longctx.data.batches import left_out, training_batches
+    from longctx.data.packing import refuse_nothing_to_learn
     from longctx.hf.config import tokenizer_of
     from longctx.train.memory import memory_meter
     from longctx.train.meter import Meter
@@ -210,10 +236,11 @@ def train_steps(
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
     batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size, target.shape.end_tokens)
-    remaining = mark_last(islice(batches(start.data), settings.steps - start.step))
+    remaining = mark_last(islice(_read(batches(start.data)), settings.steps - start.step))
     # 3. Step by step.
     for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
-        refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
+        with _text_errors():
+            refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
         # Count the bytes of the second step: in the first one, the optimizer's moments do not exist yet.
         memory = memory_meter(state) if job.machine and step == start.step + 2 else None
         figures, peak = _train_one(state, batch, runtime, parallelism, meter, memory)
@@ -225,6 +252,25 @@ def train_steps(
         if ends_run:
             break
     stop.over()
+
+
+class FaultyText(ValueError):
+    """The text cannot be read any further, or a batch of it has nothing to learn from; every rank raises this."""
+
+
+@contextmanager
+def _text_errors() -> Iterator[None]:
+    """Turn a ValueError of the block into a `FaultyText`."""
+    try:
+        yield
+    except ValueError as error:
+        raise FaultyText(str(error)) from error
+
+
+def _read(batches: Iterable[Item]) -> Iterator[Item]:
+    """Yield ``batches``; raise `FaultyText` for a ValueError of theirs."""
+    with _text_errors():
+        yield from batches
 
 
 def _train_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -107,7 +107,7 @@ def refuse_other_run(job: TrainJob) -> None:
         raise ValueError(f"{place} began with {begun}, but this run with {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
-        was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
+        was_so = _describe_dropped(was_dropped, metadata["config"]["mesh"]["tp"]) if was_dropped else "spd=none"
         raise ValueError(f"{place} was made with {was_so}: use that, or another out=")
     config = metadata["config"]
     for name, before, now in (
@@ -118,6 +118,13 @@ def refuse_other_run(job: TrainJob) -> None:
     ):
         if before != now:
             raise ValueError(f"{place} was made with {name}={_as_typed(before)}: use that, or another out=")
+
+
+def _describe_dropped(dropped: Sequence[int], tp: int) -> str:
+    """Return in words of the command line a degree and the blocks that drop, on ``tp`` ranks or on context ranks."""
+    degree, *blocks = dropped
+    ranks = f"mesh.tp={tp}" if tp > 1 else f"context.decode=sharded on {degree} context ranks"
+    return f"{ranks} spd.blocks={_as_typed(blocks)}"
 
 
 def _as_typed(value: object) -> str:

@@ -102,6 +102,27 @@ def test_impossible_files_are_refused(change, words):
         machine_of({**values, **change}, "h200")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"errors": {"prefill": {"share": math.nan, "axes": [], "ranks": 2}}},
+            "share=nan is not a number of 0",
+        ),
+        ({"errors": {"prefill": {"share": 0.1, "axes": [], "ranks": 1.7}}}, "1.7 is not a whole number"),
+        ({"ranks_at_once": 2.9}, "2.9 is not a whole number"),
+    ],
+)
+def test_constants_of_a_measured_machine_are_possible(change, words):
+    link = {"latency_s": 1e-4, "bytes_per_s": 1e9}
+    layer = {"gemm_flops": 3e9, "weight_bytes_per_s": 1e9, "layer_s": 0, "gather": link}
+    rates = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1}
+    values = {**rates, "hop": link, "exchange": link, "layer": layer}
+    assert machine_of(values, "mine")
+    with pytest.raises(ValueError, match=words):
+        machine_of({**values, **change}, "mine")
+
+
 NAN = {"latency_s": float("nan"), "bytes_per_s": 1e9}
 
 
@@ -113,3 +134,44 @@ def test_recomputation_exchanges_heads_and_sums_again():
     assert ulysses == [ulysses[0], 1.5 * ulysses[0], 1.5 * ulysses[0]]
     tp = [cost_of(mesh=Mesh(tp=2), work=one).bytes["tp"] for one in work.values()]
     assert tp == pytest.approx([tp[0], 6 / 5 * tp[0], 7 / 5 * tp[0]])
+
+
+def test_dropped_reductions_are_not_recomputed():
+    """Measured: a block that drops one gathers and scatters once, and its recomputed MLP sends nothing."""
+    drops = Numbers(4, 4, spd_share=1)
+    work = {kind: StepWork(96, 1, recompute=kind) for kind in ("none", "selective", "full")}
+    cost_of = partial(step_cost, SHAPE, Mesh(tp=2), MACHINE, strategy="pass_kv")
+    none = cost_of(work["none"], numbers=NUMBERS).bytes["tp"]
+    sent = [cost_of(one, numbers=drops).bytes["tp"] for one in work.values()]
+    assert sent == pytest.approx([3 / 5 * none, 3 / 5 * none, 4 / 5 * none])
+
+
+@pytest.mark.parametrize("norms", ["post", "sandwich"])
+def test_dropped_reductions_of_normalised_outputs_save_messages_and_no_bytes(norms):
+    shape, drops, mesh = replace(SHAPE, norms=norms), Numbers(4, 4, spd_share=1), Mesh(tp=2)
+    for cost_of in (
+        lambda numbers: prefill_cost(shape, mesh, MACHINE, [96], [48], "pass_kv", numbers),
+        lambda numbers: decode_cost(shape, mesh, MACHINE, [96], "gather_merge", numbers),
+        lambda numbers: decode_cost(shape, Mesh(ring=2), MACHINE, [96], "sharded", numbers),
+    ):
+        plain, dropped = cost_of(NUMBERS), cost_of(drops)
+        assert dropped.bytes == plain.bytes and dropped.seconds < plain.seconds
+    step = [
+        step_cost(shape, mesh, MACHINE, StepWork(96, 1), "pass_kv", numbers).bytes["tp"] for numbers in (NUMBERS, drops)
+    ]
+    assert step[0] == step[1]
+
+
+def test_norm_over_all_heads_sums_a_number_for_each_row_of_queries_and_of_keys():
+    wide, mesh = replace(SHAPE, qk_norm="width"), Mesh(tp=2)
+    more = [prefill_cost(shape, mesh, MACHINE, [96], [0], "pass_kv", NUMBERS).bytes["tp"] for shape in (SHAPE, wide)]
+    assert more[1] - more[0] == SHAPE.layers * 2 * 96 * 4
+    costs = [decode_cost(shape, mesh, MACHINE, [96], "gather_merge", NUMBERS).parts["tp"] for shape in (SHAPE, wide)]
+    assert costs[1] == pytest.approx(2 * costs[0], rel=0.1), "messages of few bytes"
+
+
+def test_stages_of_a_pipeline_send_the_rows_of_one_tensor_parallel_rank():
+    sent = [
+        step_cost(SHAPE, Mesh(tp=tp, pp=2), MACHINE, StepWork(96, 4), "pass_kv", NUMBERS).bytes["pp"] for tp in (1, 2)
+    ]
+    assert sent == [2 * 4 * 96 * SHAPE.hidden * 4, 4 * 96 * SHAPE.hidden * 4]

@@ -1,6 +1,8 @@
 """Batches contain the same sequences in the same order for any number of data-parallel ranks."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -154,3 +156,27 @@ def test_invalid_settings_are_refused(change, words):
 def test_invalid_sources_are_refused(source, words):
     with pytest.raises(ValueError, match=words):
         TextSource(**source)
+
+
+def test_cut_document_continues_with_another_number_of_epochs(byte_tokenizer, tmp_path):
+    """The first source has ended in one epoch, and would come first again in the second."""
+    (tmp_path / "a.txt").write_text("a" * 40)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("b", "c" * 100)))
+    sources = tuple(TextSource(path=str(tmp_path / name)) for name in ("a.txt", "b.jsonl"))
+    once = DataSettings(sources, 16, 1, epochs=1)
+    whole = take(training_batches(once, byte_tokenizer))
+    for epochs in (1, 2, None):
+        for (_, state), (following, _) in pairwise(whole):
+            stage = training_batches(replace(once, epochs=epochs), byte_tokenizer)
+            ((resumed, _),) = take(stage, 1, state=state)
+            is_cut = state["used"] > 0
+            assert not is_cut or torch.equal(resumed.tokens, following.tokens), (epochs, state)
+    assert any(state["used"] and state["documents"]["first"] == 1 for _, state in whole)
+
+
+def test_endless_text_without_a_target_is_refused(byte_tokenizer, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n' * 3)
+    data = DataSettings((TextSource(path=str(file)),), 4, 1, last="pad", end_token=False)
+    with pytest.raises(ValueError, match="a stretch of 1,000 sequences has nothing to learn from"):
+        take(training_batches(data, byte_tokenizer), 1)

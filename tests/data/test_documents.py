@@ -155,3 +155,7 @@ def test_state_inside_the_first_document_knows_the_files_and_the_order(byte_toke
         take(run(shuffle=3, seed=4), 1, state=state)
     with pytest.raises(ValueError, match=r"needs text_key=text for .*: use it, or start a new run"):
         take(run(of=replace(source, text_key="other")), 1, state=state)
+    (capitals,) = (file.rename(file.with_suffix(".JSONL")) for file in (tmp_path / "source").glob("*.jsonl"))
+    ((_, state),) = take(run(of=TextSource(path=str(capitals))), 1)
+    with pytest.raises(ValueError, match=r"needs text_key=text for .*: use it, or start a new run"):
+        take(run(of=TextSource(path=str(capitals), text_key="other")), 1, state=state)

@@ -89,7 +89,10 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
         ("variants=[{name: a, reduce: {mlp: int8}}]", "one tensor-parallel rank has nothing to reduce"),
         ("variants=[{name: a, spd: {drop: all}}]", "spd=all: one tensor-parallel rank has no reduction to drop"),
         ("variants=[{name: a, spd: {budget: 0.5}}]", "use mesh.tp=2 or more, or leave spd.budget and spd.blocks out"),
-        ("mesh.tp=3 variants=[{name: a, spd: {drop: ranked, budget: 50}}]", "spd.budget=50.0: use a share of the blocks"),
+        (
+            "mesh.tp=3 variants=[{name: a, spd: {drop: ranked, budget: 50}}]",
+            "spd.budget=50.0: use a share of the blocks",
+        ),
         ("mesh.tp=3 variants=[{name: a, spd: {blocks: [1], budget: 0.5}}]", "spd.blocks lists the blocks that drop"),
         ("variants=[{name: a, spd: {drop: ranked, budget: 0.5}}]", "spd.budget=0.5: one tensor-parallel rank has no"),
         (

@@ -187,6 +187,16 @@ def test_router_loss_is_read_as_in_transformers(tmp_path, model_type):
         ({"model_type": "granite", "logits_scaling": 0.0}, "describes no model of type granite: ZeroDivisionError"),
         ({"model_type": "granite", "residual_multiplier": float("inf")}, "residual_scale=inf is not a finite number"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "is not a model's configuration"),
+        (
+            {
+                "model_type": "smollm3",
+                "use_sliding_window": False,
+                "sliding_window": 4,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "layer_types has sliding_attention, but use_sliding_window is false",
+        ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not a positive number"),
         ({"model_type": 3}, "model type `3`"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number of 0 or more"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +192,54 @@ def test_damaged_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
         tokenizer_of(tmp_path)
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10_000.0}
+
+
+def write_without_defaults(source: Path, **stated: object) -> Path:
+    """Write ``stated`` to the config.json in ``source``, which transformers' own values of rope_parameters leave."""
+    values = json.loads((source / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling"):
+        values.pop(name, None)
+    values.pop("original_max_position_embeddings", None)
+    (source / "config.json").write_text(json.dumps({**values, **stated}))
+    return source
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_longer_context_needs_the_original_length_of_each_type_of_layers(tmp_path, nested):
+    plain = {"rope_type": "default", "rope_theta": 10_000.0}
+    by_type = {"rope_parameters": {"full_attention": YARN, "sliding_attention": plain}}
+    stated = by_type if nested else {"rope_scaling": YARN, "rope_theta": 10_000.0}
+    source = write_without_defaults(random_model("olmo3", tmp_path / "source"), **stated)
+    with pytest.raises(
+        ValueError, match="full_attention in this model has no original_max_position_embeddings; add it"
+    ):
+        config_for_context(source, 3001, None, None)
+    YARN_STATED = {**YARN, "original_max_position_embeddings": 97}
+    stated = {"rope_parameters": {"full_attention": YARN_STATED, "sliding_attention": plain}}
+    assert config_for_context(write_without_defaults(source, **stated), 3001, None, None).keys() == {
+        "max_position_embeddings"
+    }
+
+
+def test_original_length_of_longrope_is_the_class_s_if_the_file_has_none(tmp_path):
+    source = random_model("phi3, longrope", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    rope = {name: value for name, value in config["rope_parameters"].items() if name.endswith("_factor")}
+    source = write_without_defaults(source, rope_scaling={"type": "longrope", **rope}, max_position_embeddings=8192)
+    fields = config_for_context(source, 16384, None, None)
+    assert fields["rope_parameters"]["original_max_position_embeddings"] == 4096
+    assert fields["rope_parameters"]["factor"] == 2
+
+
+def test_yarn_replaces_an_original_length_at_the_top_of_the_file(tmp_path):
+    """transformers prefers the one at the top, which a model without scaling may have for no reason."""
+    source = save_config(tmp_path / "source", LlamaConfig(**SIZES))
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "original_max_position_embeddings": 23}))
+    longer = locate(ModelSource("m", source=str(source), cache=str(tmp_path / "c"), rope_factor=4.0, rope_type="yarn"))
+    rope = {**YARN, "factor": 4.0, "original_max_position_embeddings": 97}
+    expected = save_config(tmp_path / "expected", LlamaConfig(**SIZES, rope_parameters=rope))
+    assert shape_of(longer).rotaries == shape_of(expected).rotaries

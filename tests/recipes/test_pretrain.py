@@ -17,6 +17,7 @@ from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from recipes import pretrain
+from recipes.common import train_loop
 from recipes.common.overrides import CONFIGS
 from recipes.common.train_report import RunResult, show
 
@@ -284,7 +285,7 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     line = err.splitlines()[-1]
     assert "training has diverged" in line and "in step 2" in line and "use a lower optim.lr" in line
     assert "model.dtype=float32" not in line, "it is"
-    assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in line
+    assert f"the weights in {tmp_path}/checkpoints/step-00000001 have diverged too: give another out=" in line
     assert (lines(tmp_path)[-1]["step"], lines(tmp_path)[-1]["grad_norm"]) == (2, "nan")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -309,3 +310,21 @@ def test_run_that_had_finished_shows_no_loss(capsys):
     show(job, RunResult(7, None, "run/checkpoints/step-7", stopped=False))
     shown = capsys.readouterr().err
     assert re.search(r"loss +no step was left to run", shown) and "nan" not in shown
+
+
+def test_checkpoint_before_the_diverged_weights_is_the_one_to_resume_from(tmp_path, monkeypatch):
+    for step in (4, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    monkeypatch.setattr(checkpoint_index, "fault_of", lambda _: "")
+    monkeypatch.setattr(checkpoint_index, "read_metadata", lambda place: {"step": int(place.name[-1])})
+    good, bad = tmp_path / "step-00000004", tmp_path / "step-00000006"
+    resumes = f"the last good checkpoint is {good}, from which the same out= resumes"
+    assert train_loop._describe_resume(tmp_path, 7) == f"the weights in {bad} have diverged: remove it; {resumes}"
+    assert train_loop._describe_resume(tmp_path, 8) == resumes.replace(str(good), str(bad))
+    assert train_loop._describe_resume(tmp_path / "none", 8) == "no checkpoint exists"
+
+
+@pytest.mark.parametrize("words", [["context.decode=pass_q"], ["context.decode=sharded", "mesh.ring=2"]])
+def test_decoding_is_refused_in_training(refused, words, tmp_path):
+    words = ("experiment=pretrain/tiny", f"out={tmp_path}", *words)
+    assert "is for inference: leave it out" in refused(pretrain, pretrain.task, *words)

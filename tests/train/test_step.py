@@ -175,10 +175,10 @@ def test_gradients_with_dropped_reductions_equal_the_equations(run, mesh, droppe
         assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_gradients_with_reductions_dropped_between_context_ranks(run, recompute, tmp_path):
+@pytest.mark.parametrize(("recompute", "mlp_rows"), [("none", 4), ("full", 4), ("selective", None), ("selective", 4)])
+def test_gradients_with_reductions_dropped_between_context_ranks(run, recompute, mlp_rows, tmp_path):
     """One rank computes the terms of all ranks in turn, and with ``mlp_rows`` each again in the backward."""
-    run = replace(run, mesh=Mesh(ring=2), shared_by=2, dropped=(0, 1), recompute=recompute, mlp_rows=4)
+    run = replace(run, mesh=Mesh(ring=2), shared_by=2, dropped=(0, 1), recompute=recompute, mlp_rows=mlp_rows)
     _, right = exact(run)
     run_ranks(2, train, replace(run, gradients=tmp_path / "gradients"))
     got = tensors(tmp_path / "gradients")

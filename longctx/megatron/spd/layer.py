@@ -30,6 +30,7 @@ share of the weights in decoding.  In prefill, each of them computes all N terms
 weights, and the N terms cost as many FLOPs as the stock block.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -120,15 +121,22 @@ class SPDTransformerLayer(TransformerLayer):
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
         """Run the SPD block on this rank alone: compute the terms of all N ranks one after the other, and sum them."""
         mlp, own = self.mlp, self.mlp.linear_fc1.share
+
+        def mlp_of(share: WeightShare, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+            mlp.linear_fc1.share = mlp.linear_fc2.share = share
+            try:
+                return mlp(normed)  # type: ignore[no-any-return]
+            finally:
+                mlp.linear_fc1.share = mlp.linear_fc2.share = own
+
         partials, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
         )
         total: Tensor = torch.zeros_like(hidden_states)
         for share, partial in zip(self.shares, partials, strict=True):
-            mlp.linear_fc1.share = mlp.linear_fc2.share = share
-            z, mlp_bias = mlp(self.mlp_input(hidden_states, partial, bias))
+            normed, run = self.mlp_input(hidden_states, partial, bias), functools.partial(mlp_of, share)
+            z, mlp_bias = tensor_parallel.checkpoint(run, False, normed) if self.recompute_mlp else run(normed)
             total = total + z
-        mlp.linear_fc1.share = mlp.linear_fc2.share = own
         out = hidden_states + self._add(partials.sum(0), total)
         for b in (bias, mlp_bias):
             out = out if b is None else out + b

@@ -54,12 +54,15 @@ class Checkpoints:
 
     Writing is asynchronous.  Forked processes write a snapshot of the state to a partial folder while training
     continues.  Once all ranks have written, `poll` renames the partial folder to its final name.  Then it removes
-    corrupt checkpoints, those beyond the last ``keep``, and those of later steps.
+    corrupt checkpoints, those beyond the last ``keep``, those of later steps, and those that the run did not resume
+    from: ones after step ``resumed`` that existed before (None: there are none).
     The constructor removes partial folders that a killed run left.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, resumed: int | None = None) -> None:
         self._folder, self._keep = folder, keep
+        existing = [] if resumed is None else checkpoint_folders(folder)
+        self._stale = {place for place in existing if place.name > folder_name(resumed or 0)}
         self._queue = AsyncCallsQueue(persistent=False)
         self._attempt = _from_first_rank(uuid.uuid4().hex[:8])
         if _is_first_rank():
@@ -102,7 +105,9 @@ class Checkpoints:
     def _finalize(self, partial_folder: Path, metadata: dict[str, Any]) -> None:
         checksums = _compute_checksums(partial_folder)
         if _is_first_rank():
-            commit(partial_folder, self._folder / folder_name(metadata["step"]), metadata, checksums)
+            place = self._folder / folder_name(metadata["step"])
+            commit(partial_folder, place, metadata, checksums)
+            self._stale.discard(place)
             self._prune(metadata["step"])
         dist.barrier()
 
@@ -111,9 +116,9 @@ class Checkpoints:
 
         Later checkpoints are stale: the run was resumed from an earlier checkpoint.
         """
-        existing = checkpoint_folders(self._folder)
+        existing = [place for place in checkpoint_folders(self._folder) if place not in self._stale]
         complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]
-        for place in set(existing) - set(complete[-self._keep :]):
+        for place in {*checkpoint_folders(self._folder)} - set(complete[-self._keep :]):
             shutil.rmtree(place)
 
 

@@ -128,6 +128,19 @@ def test_variant_is_compared_on_the_examples_that_it_answered():
     assert "0.200 on 200 (baseline 0.600)" in page and "| good | 500 | 0.240 | 0.200 (200) |" in page
 
 
+def test_verdict_that_rests_on_one_task_is_named(capsys):
+    """A gain on one task hides the losses on two others."""
+    base = {name: outcomes(600, n=1000) for name in ("a", "b", "facts")}
+    other = {**base, "a": outcomes(570, n=1000), "b": outcomes(570, n=1000), "facts": outcomes(900, n=1000)}
+    scored = [replace(VARIANTS[0], outcomes=base), replace(VARIANTS[1], outcomes=other)]
+    report = make_report(scored, replace(RULES, gate=()), ORIGIN)
+    assert report.average["half"]["verdict"] == "no worse"
+    assert report.average["half"]["rests_on"] == {"facts": "worse"} and report.average["baseline"]["rests_on"] == {}
+    assert "* The verdict on half rests on one task: without facts it would be worse." in markdown(report)
+    same = make_report([scored[0], replace(VARIANTS[1], outcomes=base)], replace(RULES, gate=()), ORIGIN)
+    assert same.average["half"]["rests_on"] == {} and "rests on one task" not in markdown(same)
+
+
 def test_margin_is_a_second_measure(report):
     margin = report.average["all"]["margin"]
     assert (margin["n"], margin["difference"]) == (200, pytest.approx(-0.4))

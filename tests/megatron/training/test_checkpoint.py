@@ -4,6 +4,7 @@ import queue
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,3 +131,13 @@ def test_checkpoint_of_a_newer_megatron_core_is_refused(monkeypatch, tmp_path):
     shutil.copytree(SAVED / place.name, place, ignore=shutil.ignore_patterns("common.pt"))
     with pytest.raises(ValueError, match=r"written with megatron-core 0\.19; use Python 3\.12 or newer"):
         checkpoint.read_state({}, place)
+
+
+def test_corrupt_checkpoint_does_not_replace_the_one_that_a_run_resumed_from(tmp_path, monkeypatch):
+    """Checkpoint 27 has a changed byte, which its size does not show; the run resumed after step 20."""
+    for step in (20, 27, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    monkeypatch.setattr(checkpoint, "fault_of", lambda _: "")
+    saving = SimpleNamespace(_folder=tmp_path, _keep=2, _stale={tmp_path / "step-00000027"})
+    checkpoint.Checkpoints._prune(saving, 30)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]

@@ -105,6 +105,9 @@ def test_fitted_file_keeps_what_is_known_of_the_machine(job, tmp_path):
     changed = {name for name in file if file[name] != given[name]}
     assert changed == {"measured", "empirical"} and file["measured"]["rate"] == "10mbit"
     assert file["measured"]["empirical"]["mesh"] == "ring=3"
+    before = Path(place).read_text()
+    crossover.report(job(hardware=place, fitted=place), ON, [times(23, 5.0, 1.0)])  # nothing to fit: nothing measured
+    assert yaml.safe_load(Path(place).read_text()) == yaml.safe_load(before)
 
 
 def test_a_model_with_windows_is_refused(refused, tiny, tmp_path):

@@ -38,6 +38,8 @@ def test_every_variant_and_batch_is_measured_and_written(cli, tiny, tmp_path):
         (["mesh.tp=3"], "mesh.tp=3"),
         (["mesh.ulysses=2"], "mesh.ulysses=2"),
         (["dropped=[0]"], "dropped.0=0"),
+        (["dropped=[0.01]"], "are [0] of 2 blocks: give shares of different numbers of blocks, from 0.25"),
+        (["dropped=[0.5,0.51]"], "are [1, 1] of 2 blocks"),
         (["dropped=[0.5]", "mesh.ring=1"], "one rank has no reduction to drop"),
         (["latency_us=500"], "rate=100mbit are for links between emulated hosts: set hosts=2"),
         (["out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),

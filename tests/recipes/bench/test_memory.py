@@ -71,6 +71,11 @@ def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
         ),
         (["context.strategy=pass_q"], "context.strategy is not used"),
         (["recompute=full"], "recompute is not used"),
+        (["context.decode=sharded"], "context.decode=sharded is not measured by recipes.bench memory"),
+        (
+            ["runs=[{work:decode,ring:2,strategy:pass_q}]"],
+            "strategy=pass_q is of prefill: with work=decode, set context.d",
+        ),
         (["context.layout=striped"], "context.layout=striped: recipes.bench memory measures zigzag only"),
         (
             ["++model.config.model_type=mixtral", "++model.config.num_local_experts=4"],

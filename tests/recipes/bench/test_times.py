@@ -135,6 +135,7 @@ def test_settings_that_each_run_has_are_refused(refused, tmp_path):
     words = ("model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[prefill]")
     assert "has no use for mesh.tp=3" in refused(times, times.task, *words, "mesh.tp=3")
     assert "data.batch is not used" in refused(times, times.task, *words, "data.batch=2")
+    assert "context.decode is not used" in refused(times, times.task, *words, "context.decode=pass_q")
     assert "use offload=null" in refused(times, times.task, *words, f"offload={tmp_path}")
 
 

@@ -104,5 +104,5 @@ def test_more_tokens_than_the_model_has_positions_are_refused(target):
 
 def test_gpu_is_refused_where_its_work_is_not_waited_for():
     timing.refuse_gpu(SimpleNamespace(run=Run()), "recipes.bench rivals")
-    with pytest.raises(ValueError, match=r"run\.device=cuda: recipes\.bench rivals measures cpu only; use run=cpu"):
+    with pytest.raises(ValueError, match=r"run\.device=cuda: recipes\.bench rivals measures cpu only; use run=local"):
         timing.refuse_gpu(SimpleNamespace(run=Run(device="cuda")), "recipes.bench rivals")

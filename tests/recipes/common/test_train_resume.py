@@ -11,6 +11,7 @@ from longctx.checksum import crc32_of_file
 from longctx.config import TextSource
 from longctx.data.identity import text_digests
 from recipes import pretrain
+from recipes.common import train_resume
 from recipes.common.train_loop import _with_weights
 from tests.recipes.conftest import SAVED
 from tests.recipes.test_saved import TRAIN
@@ -60,3 +61,14 @@ def test_checkpoint_of_the_first_version_gets_its_weights_from_its_settings():
     assert _with_weights(metadata)["documents"]["weights"] == [5, 5]
     metadata["data"]["documents"] = None
     assert _with_weights(metadata) == metadata["data"]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "tp", "words"),
+    [
+        ([3, 0, 2], 3, "mesh.tp=3 spd.blocks=[0,2]"),
+        ([2, 1], 1, "context.decode=sharded on 2 context ranks spd.blocks=[1]"),
+    ],
+)
+def test_dropped_blocks_are_named_as_they_are_set(dropped, tp, words):
+    assert train_resume._describe_dropped(dropped, tp) == words

@@ -49,6 +49,6 @@ def test_training_drops_blocks_and_refuses_to_resume_without_them(cli, tmp_path)
     code, _, err = cli(pretrain, pretrain.task, *command, "spd.blocks=[1,3]", "steps=2", f"out={tmp_path}")
     assert code == 0, err
     code, _, err = cli(pretrain, pretrain.task, *command, "steps=3", f"out={tmp_path}")
-    assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1, 3]: use that" in err
+    assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1,3]: use that" in err
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert code == 2 and "drop reductions between 2 tensor-parallel ranks" in err and "blocks [1, 3] of " in err
