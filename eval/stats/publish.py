@@ -17,22 +17,27 @@ _PICTURE = "accuracy"
 def draw(report: Report, out: Path) -> tuple[str, ...]:
     """Draw average accuracy and milliseconds per token against the share of dropped blocks, as SVG and PNG in ``out``.
 
-    Returns the name of the SVG, for report.md.  If no two variants differ in that share, draws and returns nothing.
+    Accuracies have the intervals of their differences from the baseline.  Returns the name of the SVG, for report.md.  If no two variants differ in that share, draws and returns nothing.
     """
     variants = [variant for name, variant in report.variants.items() if name in report.average]
     if len({variant.dropped for variant in variants}) < 2:
         return ()
-    accuracy: dict[str, list[tuple[float, float]]] = {}
+    accuracy: dict[str, list[tuple[float, float, float, float]]] = {}
     latency: dict[str, list[tuple[float, float]]] = {}
     for variant in variants:
         kinds = ["repaired" if variant.repaired else "not repaired"]
         if not variant.dropped:  # the first point of both lines
             kinds = ["not repaired", "repaired"]
+        value, figures = report.average_accuracy(variant.name), report.average[variant.name]
+        same = value - (figures["difference"] or 0.0)  # an accuracy without any loss
+        point = variant.dropped, value, same + (figures["low"] or 0.0), same + (figures["high"] or 0.0)
         for kind in kinds:
-            accuracy.setdefault(kind, []).append((variant.dropped, report.average_accuracy(variant.name)))
+            accuracy.setdefault(kind, []).append(point)
         if variant.tokens_per_s and not variant.repaired:
             latency.setdefault("time", []).append((variant.dropped, 1000 / variant.tokens_per_s))
     accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
+    latency = {kind: points for kind, points in latency.items() if len(points) > 1}
+    allowed = report.average_accuracy(next(iter(report.average))) - report.allowed_drop
     files = (f"{_PICTURE}.svg", f"{_PICTURE}.png")
     for file in files:
         draw_shares(
@@ -42,6 +47,7 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
             title=report.origin["title"],
             x="blocks that drop their first reduction",
             y=("average accuracy", "milliseconds per token"),
+            level=("allowed loss", allowed),
         )
     return files[:1]
 

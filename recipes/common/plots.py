@@ -127,23 +127,30 @@ def draw_bars(
 
 def draw_shares(
     out: str,
-    left: Mapping[str, Sequence[tuple[float, float]]],
+    left: Mapping[str, Sequence[tuple[float, float, float, float]]],
     right: Mapping[str, Sequence[tuple[float, float]]],
     *,
     title: str,
     x: str,
     y: tuple[str, str],
+    level: tuple[str, float] | None = None,
 ) -> None:
-    """Draw lines of (share, value) points to the file ``out``, an SVG or PNG file.
+    """Draw lines over a share to the file ``out``, an SVG or PNG file.
 
-    Lines of ``left`` are solid; those of ``right`` are dashed and have the right-hand y axis.  ``y`` labels both axes.
+    Points of ``left`` are (share, value, lower end, upper end of its interval).  Their lines are solid.  Points of
+    ``right`` are (share, value); their lines are dashed and have the right-hand y axis.  ``y`` labels both axes.
+    ``level`` is the name and the value of a horizontal line on the left-hand axis.
     """
     figure, axes = _new_figure()
     right_axes = axes.twinx() if right else axes
-    lines = [(axes, "-", *line) for line in left.items()] + [(right_axes, "--", *line) for line in right.items()]
-    for i, (side, style, name, points) in enumerate(lines):
-        share, values = zip(*sorted(points), strict=True)
-        side.plot(share, values, style, **_line(i), label=name)
+    for i, (name, points) in enumerate(left.items()):
+        share, values, low, high = zip(*sorted(points), strict=True)
+        below, above = ([a - b for a, b in zip(*ends, strict=True)] for ends in ((values, low), (high, values)))
+        axes.errorbar(share, values, (below, above), fmt="-", **_line(i), label=name, capsize=3)
+    for i, (name, pairs) in enumerate(right.items(), len(left)):
+        right_axes.plot(*zip(*sorted(pairs), strict=True), "--", **_line(i), label=name)
+    if level:
+        axes.axhline(level[1], color="0.4", linestyle=":", label=level[0])
     axes.set(title=title, xlabel=x, ylabel=y[0])
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(visible=True, alpha=0.25)

@@ -19,7 +19,8 @@ def bars(out):
 
 
 def shares(out):
-    left, right = ({name: [(0.0, 1.0), (1.0, 2.0)] for name in names} for names in (NAMES[:6], NAMES[6:]))
+    left = {name: [(0.0, 1.0, 0.5, 1.5), (1.0, 2.0, 2.0, 2.5)] for name in NAMES[:6]}
+    right = {name: [(0.0, 1.0), (1.0, 2.0)] for name in NAMES[6:]}
     draw_shares(out, left, right, title="t", x="x", y=("left", "right"))
 
 
