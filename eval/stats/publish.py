@@ -17,7 +17,8 @@ _PICTURE = "accuracy"
 def draw(report: Report, out: Path) -> tuple[str, ...]:
     """Draw average accuracy and milliseconds per token against the share of dropped blocks, as SVG and PNG in ``out``.
 
-    Accuracies have the intervals of their differences from the baseline.  Returns the name of the SVG, for report.md.  If no two variants differ in that share, draws and returns nothing.
+    Accuracies have the intervals of their differences from the baseline.  Returns the name of the SVG, for report.md.
+    If no two variants differ in that share, draws and returns nothing.
     """
     variants = [variant for name, variant in report.variants.items() if name in report.average]
     if len({variant.dropped for variant in variants}) < 2:
