@@ -18,6 +18,7 @@ from longctx.config.run import KernelName
 from longctx.cost.forward import layer_weights
 from longctx.cost.hardware import Hardware, LayerRates, Link
 from longctx.parallel.launch import Rank
+from longctx.parallel.launcher import current_rank
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
@@ -166,7 +167,9 @@ def task(config: DictConfig) -> None:
         # Threads do not change a GPU's speed.
         threads = threads_here(target.run.threads, target.mesh) if target.run.device == "cpu" else None
         if threads:
-            result = replace(result, ranks_at_once=max(1, len(os.sched_getaffinity(0)) // threads))
+            rank = current_rank()
+            nodes = rank.world_size // rank.local_world_size if rank else 1
+            result = replace(result, ranks_at_once=max(1, nodes * (len(os.sched_getaffinity(0)) // threads)))
         metadata = {
             **provenance(),
             "mesh": str(target.mesh),

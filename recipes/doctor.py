@@ -139,7 +139,7 @@ def _run(*words: str) -> list[str]:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return done.stdout.rstrip().splitlines() if done.returncode == 0 else []
 
 
 def links_of(topology: list[str]) -> str | None:
@@ -148,7 +148,7 @@ def links_of(topology: list[str]) -> str | None:
     Example: the row "GPU0  X  NV18  NV18  SYS" gives "2 x NV18, 1 x SYS".
     """
     columns = next((line.split() for line in topology if "GPU0" in line), [])
-    row = next((line.split()[1:] for line in topology if line.startswith("GPU0")), [])
+    row = next((line.split()[1:] for line in topology if line.lstrip().startswith("GPU0") and " X " in line), [])
     kinds = [kind for name, kind in zip(columns, row, strict=False) if name.startswith("GPU") and kind != "X"]
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
 
@@ -163,7 +163,7 @@ def choices(machine: LocalMachine) -> list[AcceptedSettings]:
     kernel = " or ".join([_GPU_KERNELS, *(name for name, package in packages.items() if package)])
     return [
         AcceptedSettings("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
-        AcceptedSettings("pretrain, extend, finetune", words, "cuda", kernel, "local", "bfloat16"),
+        AcceptedSettings("pretrain, extend, finetune", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
         AcceptedSettings(
             "spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"
         ),
@@ -179,6 +179,9 @@ def missing_parts(machine: LocalMachine) -> list[Missing]:
     parts = []
     if machine.listed_gpus and machine.cuda is None:
         parts.append(Missing("a CUDA build of torch", f"{len(machine.listed_gpus)} GPU(s) are not used", "make gpu"))
+    elif machine.listed_gpus and not machine.gpus:
+        cost = f"torch {machine.torch} cannot use the {len(machine.listed_gpus)} GPU(s)"
+        return [Missing("a driver for this CUDA, or GPUs in CUDA_VISIBLE_DEVICES", cost, "update the driver")]
     elif not machine.gpus:
         return [Missing("a GPU", "run.device=cuda is refused", "use a machine with GPUs, and make gpu there")]
     if machine.te_missing:

@@ -26,8 +26,7 @@ from longctx.config import ModelSource
 from longctx.hf.config import shape_of
 from longctx.hf.locate import locate
 from recipes.common.cli import console, main, say
-from recipes.common.hardware_file import read_machine, refuse_other_rates
-from recipes.common.overrides import choices
+from recipes.common.hardware_file import is_measured_on_cpus, read_machine, refuse_other_rates
 from recipes.common.places import refuse_unwritable
 from recipes.common.plan_question import Question, WorkSettings
 from recipes.common.planning import Plan, best_by_strategy, plans_of
@@ -163,10 +162,10 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     meaning = {"prefill": "time to first token", "decode": "time per token", "chat": "a turn", "train": "a step"}
     console.print(f"{job.model.name}, {question.gpus} GPUs of {job.settings.hardware}: {meaning[work.kind]}")
     console.print(table_of(feasible[: job.settings.show]))
-    if job.settings.hardware not in choices("machine") and work.kind not in {*question.machine.errors, "chat"}:
+    if is_measured_on_cpus(job.settings.hardware) and work.kind not in {*question.machine.errors, "chat"}:
         console.print(
             f"how far predictions are off on {job.settings.hardware} is not known: measure it there with "
-            f"python -m recipes.bench times hardware={job.settings.hardware} record=true "
+            f"python -m recipes.bench times hardware={job.settings.hardware} model.dtype={job.model.dtype} record=true "
             "only=[prefill,decode,train,four_ranks]"
         )
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)

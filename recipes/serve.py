@@ -153,8 +153,6 @@ def prepare(config: DictConfig) -> ServeJob:
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
     if target.reduce:
         raise ValueError("recipes.serve has not been tested with rounded reductions: leave out reduce")
-    if is_first():
-        listen(settings.host, settings.port).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
     hardware = read_constants(settings.hardware, target.context.strategy)
@@ -283,6 +281,8 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(WARM)
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
+    if is_first():  # here, since a login node has other addresses and ports
+        listen(job.settings.host, job.settings.port).close()
     if current_rank() is None:
         stop_on_sigterm()
     with hold_pages(job):

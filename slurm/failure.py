@@ -35,8 +35,9 @@ def read_exits(run: Path) -> list[RankExit]:
     """
     exits = []
     for file in (run / "ranks").glob("*.end"):
-        at, host, code = file.read_text().split()
-        exits.append(RankExit(int(file.stem), float(at), host, int(code)))
+        words = file.read_text().split()
+        if len(words) == 3:  # none on a full disk
+            exits.append(RankExit(int(file.stem), float(words[0]), words[1], int(words[2])))
     return sorted(exits, key=lambda exit_: (_blame_order(exit_.code), exit_.at))
 
 

@@ -14,8 +14,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import compose_config, say
-from recipes.common.overrides import CONFIGS, as_overrides, expand_plan, literal, path_word
+from recipes.common.cli import compose_config, refuse_unknown_sections, say
+from recipes.common.overrides import CONFIGS, as_overrides, expand_home, expand_plan, literal, path_word
 from recipes.common.places import WRITTEN, is_file_name, numbered_out, refuse_unwritable_folder
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
@@ -104,10 +104,13 @@ def plan_job(
         raise ValueError(f"folder={folder}: Slurm interprets a backslash in a log's name: use a name without it")
     if not settings.dry_run:
         refuse_unwritable_folder(str(folder), "folder")
+        _refuse_foreign_files(folder)
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
     _refuse_shared_out(tasks)
     # 2. Their ranks on the nodes.
-    ranks, gpus = ranks_per_node(mesh_of(tasks), settings), _gpus_per_rank(launcher, tasks)
+    meshes = meshes_of(tasks)
+    (ranks,) = {ranks_per_node(mesh, settings) for mesh in meshes}
+    gpus = _gpus_per_rank(launcher, tasks)
     # 3. The recipe's own checks.
     for task in tasks:
         _refuse_unprepared(recipe, task.config, settings)
@@ -164,7 +167,7 @@ def split_sweep(config_name: str, words: Sequence[str]) -> tuple[list[str], list
     for word in words:
         override = _parse(config_name, word)
         if override.is_sweep_override():
-            values.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+            values.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:
             shared.append(word)
     return shared, [list(combination) for combination in itertools.product(*values)] if values else []
@@ -191,6 +194,17 @@ def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str
     return next(place for place in map(absolute, names) if place not in taken and not place.exists())
 
 
+def _refuse_foreign_files(folder: Path) -> None:
+    """Raise ValueError if ``folder`` has files that `freeze_job` would replace, and no job wrote them."""
+    if (folder / "code" / "COMMIT").is_file():
+        return
+    if foreign := [name for name in ("code", "job.sbatch", "config.yaml") if (folder / name).exists()]:
+        raise ValueError(
+            f"folder={folder} has {foreign[0]}, which no job wrote and a job would replace: give another folder, or "
+            "move it away"
+        )
+
+
 def _tasks(
     config_name: str, folder: Path, shared: Sequence[str], sweep: Sequence[Sequence[str]]
 ) -> Iterator[ArrayTask]:
@@ -202,6 +216,7 @@ def _tasks(
     for number, own in enumerate(sweep or [[]]):
         config = compose_config(config_name, [*as_overrides(config_name, shared, say), *own])
         rename_settings(config, (lambda _: None) if number else say)  # an experiment's old names, printed once
+        refuse_unknown_sections(config_name, config, (*shared, *own))
         words = [word for word in own if not word.startswith("out=")]
         out: str | None = None
         if OmegaConf.is_missing(config, "out"):
@@ -218,7 +233,7 @@ def _tasks(
                 place = numbered_out(place, number)
                 OmegaConf.update(config, name, literal(place))
                 words.append(path_word(name, place))
-        yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), config)
+        yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), expand_home(config))
 
 
 def _refuse_shared_out(tasks: Sequence[ArrayTask]) -> None:
@@ -231,18 +246,29 @@ def _refuse_shared_out(tasks: Sequence[ArrayTask]) -> None:
         )
 
 
-def mesh_of(tasks: Sequence[ArrayTask]) -> Mesh:
-    """Return the mesh with the largest tp of all runs; a recipe without a mesh runs on one rank.
+def meshes_of(tasks: Sequence[ArrayTask]) -> list[Mesh]:
+    """Return the meshes of all runs, and of eval's variants that have as many ranks; without a mesh, one rank.
 
     Raises ValueError if the runs have different numbers of ranks.
     """
-    meshes = [section(task.config, "mesh", Mesh) if "mesh" in task.config else Mesh() for task in tasks]
+    meshes = [_mesh_of(task.config) for task in tasks]
     if len(sizes := {mesh.ranks for mesh in meshes}) > 1:
         raise ValueError(
             f"the sweep's runs have {' and '.join(map(str, sorted(sizes)))} ranks, and must all have the same number "
             "of ranks: submit meshes of different sizes separately"
         )
-    return max(meshes, key=lambda mesh: mesh.tp)
+    variants = [mesh for task in tasks for mesh in _variant_meshes(task.config)]
+    return [*meshes, *(mesh for mesh in variants if mesh.ranks == meshes[0].ranks)]
+
+
+def _mesh_of(config: DictConfig) -> Mesh:
+    return section(config, "mesh", Mesh) if "mesh" in config else Mesh()
+
+
+def _variant_meshes(config: DictConfig) -> list[Mesh]:
+    """Return the meshes of the items of eval's setting ``variants`` that change the mesh."""
+    changes = [item["mesh"] for item in config.get("variants") or () if isinstance(item, DictConfig) and "mesh" in item]
+    return [_mesh_of(OmegaConf.create({"mesh": OmegaConf.merge(config.mesh, change)})) for change in changes]
 
 
 def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
@@ -296,6 +322,8 @@ def _refuse_typed_turns(config: DictConfig) -> None:
 def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:
     """Return the number of GPUs that each rank gets: that of ``launcher``, or else one for runs on cuda.
 
+    A run of eval on one rank starts the ranks of each variant itself, and gets the GPUs of the largest one.
+
     Raises ValueError if the launcher has no number, and only some of the runs are on cuda.
     """
     if launcher.gpus_per_rank is not None:
@@ -306,4 +334,7 @@ def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:
             f"the sweep's runs have run.device={' and '.join(devices)}, and all of its runs get the same GPUs: submit "
             "the devices separately, or set launcher.gpus_per_rank=1"
         )
-    return int(devices == ["cuda"])
+    if devices != ["cuda"]:
+        return 0
+    alone = [task.config for task in tasks if _mesh_of(task.config).ranks == 1]
+    return max((mesh.ranks for config in alone for mesh in _variant_meshes(config)), default=1)

@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import yaml
 
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
-from recipes.common.places import is_file_name
+from recipes.common.places import is_file_name, nearest_existing
 from recipes.common.provenance import ROOT, commit_of
 from recipes.common.startup import loaded, print_page
 from slurm import cluster
@@ -80,6 +82,8 @@ def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
     plans: list[JobPlan] = []
     for line in read_pipeline(file):
         own, recipe_words = split_words(line)
+        if any(word.startswith("dry_run=") for word in own):
+            raise ValueError("dry_run is for all jobs of a pipeline: write it on the command line, not in a line")
         settings, launcher = read_settings([*shared, *own])
         _refuse_waiting_here(settings, launcher, plans)
         settings = replace(settings, after=(*settings.jobs_before, NOT_QUEUED)) if plans else settings
@@ -149,20 +153,18 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
     are cancelled, and all folders that this call made are deleted.
     """
     jobs: list[int] = []
-    made: list[Path] = []  # folders that queued jobs did not have before
+    made: dict[Path, Path] = {}  # folders that queued jobs did not have before, with the nearest one that existed
     for checked in plans:
-        # 1. Write the folder, with the previous job's number in the script.
+        # 1. Put the previous job's number in the plan.
         known = [job for job in checked.settings.jobs_before if job != NOT_QUEUED]
         plan = replace(checked, settings=replace(checked.settings, after=(*known, *jobs[-1:])))
-        is_new = not plan.folder.exists()
-        script = freeze_job(plan, Path.cwd())
-        # 2. Run or queue it.
+        # 2. Write the folder, and run or queue the job.
         if plan.launcher.how == "local":
-            _run_locally(plan, script)
+            _run_locally(plan, freeze_job(plan, Path.cwd()))
             continue
-        if is_new:
-            made.append(plan.folder)
-        jobs.append(_queue(script, jobs, made))
+        if not plan.folder.exists():
+            made[plan.folder] = nearest_existing(plan.folder)
+        jobs.append(_queue(plan, jobs, made))
         (plan.folder / JOB).write_text(f"{jobs[-1]}\n")
         # 3. Print where it is.
         print(f"job {jobs[-1]}\nrun {plan.folder}", flush=True)
@@ -172,21 +174,32 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
     return jobs
 
 
-def _queue(script: Path, earlier: Sequence[int], made: Sequence[Path]) -> int:
-    """Queue ``script`` and return the job's number.
+def _queue(plan: JobPlan, earlier: Sequence[int], made: Mapping[Path, Path]) -> int:
+    """Write the folder of ``plan``, queue its script, and return the job's number.
 
-    If Slurm rejects it, cancel the ``earlier`` jobs, delete the folders ``made``, and raise ValueError.  If jobs cannot
-    be cancelled, their folders are left: they may still run.
+    If Slurm rejects the script, nothing in the folder is changed.  Then this cancels the ``earlier`` jobs, deletes the
+    folders ``made``, and raises ValueError.  If jobs cannot be cancelled, their folders are left: they may still run.
     """
     try:
-        cluster.refuse_rejected_script(script)
-        return cluster.queue(script)
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder, "job.sbatch")
+            script.write_text(script_of(plan, Path.cwd(), commit_of(ROOT)))
+            cluster.refuse_rejected_script(script)
+        return cluster.queue(freeze_job(plan, Path.cwd()))
     except ValueError as rejected:
         left = _cancel(earlier)
-        for folder in made:
-            if not left or folder == script.parent:
-                shutil.rmtree(folder, ignore_errors=True)
+        for job_folder, existed in made.items():
+            if not left or job_folder == plan.folder:
+                _remove_folder(job_folder, existed)
         raise ValueError(f"{rejected}{left}") from rejected
+
+
+def _remove_folder(folder: Path, existed: Path) -> None:
+    """Remove ``folder``, and then its parents up to ``existed`` that are empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # a parent with other files
+        for parent in folder.parents[: folder.parents.index(existed)]:
+            parent.rmdir()
 
 
 def _cancel(jobs: Sequence[int]) -> str:
@@ -204,7 +217,9 @@ def _run_locally(plan: JobPlan, script: Path) -> None:
     """Run the tasks one after the other; exit with the code of the first that fails."""
     print(f"run {plan.folder}", flush=True)
     for number in range(len(plan.tasks)):
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}
+        # Without the variables of an allocation that this runs in: the run is no task of that job.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        environment["SLURM_ARRAY_TASK_ID"] = str(number)
         code = subprocess.run(["bash", str(script)], env=environment, check=False).returncode
         if code:
             sys.exit(code)

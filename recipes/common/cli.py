@@ -38,6 +38,7 @@ Args = TypeVarTuple("Args")
 
 # Options of Hydra's command line, without those that choose another recipe's configuration.
 _OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--hydra-help", "--version", "--config-dir")
+_OF_TARGET = ("mesh", "model", "context", "run", "spd", "reduce")  # sections that every target reads if they are there
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
 # Another try may succeed: disk or quota full, disk error, too many files, no memory.
@@ -71,12 +72,12 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: _run(task, config, words))()
+    run(lambda config: _run(task, config_name, config, words))()
 
 
-def _run(task: Callable[[DictConfig], None], config: DictConfig, words: Sequence[str]) -> None:
+def _run(task: Callable[[DictConfig], None], config_name: str, config: DictConfig, words: Sequence[str]) -> None:
     try:
-        exit_on_error(lambda: task(_checked(config, words)))
+        exit_on_error(lambda: task(_checked(config_name, config, words)))
     except SystemExit as leaving:
         if leaving.code == 2:
             _remove_empty_sweep()
@@ -98,7 +99,7 @@ def _remove_empty_sweep() -> None:
             made.rmdir()
 
 
-def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
+def _checked(config_name: str, config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Return ``config`` after the checks that all recipes share, with old names of settings and ``~`` replaced.
 
     In a sweep (--multirun), the paths that a run writes get its number.  Raises ValueError for a section with a
@@ -108,6 +109,7 @@ def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     from recipes.common.settings import check_sections
 
     config = _with_numbered_places(expand_home(rename_settings(config, say)), words)
+    refuse_unknown_sections(config_name, config, words)
     check_sections(config)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
     if isinstance(threads, int | float) and threads > cores:  # 1e6 is a float
@@ -177,6 +179,20 @@ def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> s
     known = OmegaConf.to_container(compose_config(config_name, others))
     assert isinstance(known, dict)
     return unknown_setting(name, names_of({str(key): value for key, value in known.items()}))
+
+
+def refuse_unknown_sections(config_name: str, config: DictConfig, words: Sequence[str]) -> None:
+    """Raise ValueError for a section of ``config`` that an experiment or a word with + adds, and no recipe reads."""
+    if not any(word.startswith(("+", "experiment=")) for word in words):
+        return
+    known = OmegaConf.to_container(compose_config(config_name, []))
+    assert isinstance(known, dict)
+    values = OmegaConf.to_container(config)
+    assert isinstance(values, dict)
+    for name, value in values.items():
+        if name not in known and name not in _OF_TARGET and isinstance(value, dict):
+            setting = ".".join([str(name), *map(str, [*value][:1])])
+            raise ValueError(unknown_setting(setting, names_of({str(key): one for key, one in known.items()})))
 
 
 def _with_numbered_places(config: DictConfig, words: Sequence[str]) -> DictConfig:

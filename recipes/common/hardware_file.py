@@ -70,15 +70,39 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
 
 
 def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bfloat16") -> None:
-    """Raise ValueError for ``dtype`` float32 and a name of configs/machine, whose rates are for 16-bit numbers.
+    """Raise ValueError unless the rates of ``hardware`` are those of ``dtype``.
 
-    ``instead`` is the first remedy that the message names.
+    The rates of configs/machine, and of files like these, are for 16-bit numbers.  A file of recipes.calibrate says for
+    which dtype its rates are; those of version 0.1 do not.  ``instead`` is the first remedy that the message names.
     """
-    if hardware in choices("machine") and dtype == "float32":
+    values = {"levels": ()} if hardware in choices("machine") else _values(hardware)
+    if not isinstance(values, dict):
+        return  # refused when it is read
+    if "levels" in values and dtype == "float32":
         raise ValueError(
             f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use {instead}, "
             "or a file that recipes.calibrate wrote on the machine"
         )
+    measured = _measured(values).get("dtype", dtype)
+    if measured != dtype:
+        raise ValueError(
+            f"hardware={hardware} was measured with model.dtype={measured}: use that, or measure again with "
+            f"python -m recipes.calibrate model.dtype={dtype} out=FILE.yaml"
+        )
+
+
+def is_measured_on_cpus(hardware: str) -> bool:
+    """Return True if ``hardware`` is a file that recipes.calibrate wrote on a machine without GPUs."""
+    if hardware in choices("machine"):
+        return False
+    values = _values(hardware)
+    # A GPU's file has no number of threads.
+    return isinstance(values, dict) and "levels" not in values and _measured(values).get("threads", 1) is not None
+
+
+def _measured(values: Mapping[str, object]) -> Mapping[str, object]:
+    measured = values.get("measured")
+    return measured if isinstance(measured, dict) else {}
 
 
 def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:

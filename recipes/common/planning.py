@@ -68,7 +68,8 @@ class Plan:
         """Seconds of the work by part, those of an answer's tokens included."""
         parts = dict(self.cost.parts)
         for name, seconds in self.answer.parts.items() if self.answer else ():
-            parts[name] = parts.get(name, 0.0) + self.question.work.new_tokens * seconds
+            # The prefill gives an answer's first token.
+            parts[name] = parts.get(name, 0.0) + (self.question.work.new_tokens - 1) * seconds
         return parts
 
     @cached_property
@@ -216,6 +217,9 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
         memory = inference_bytes(shape, mesh, new, cached, strategy, numbers)
         if work.new_tokens:
             decode, answer = _answer_of(question, mesh)
+            last = [work.cached + work.context + work.new_tokens] * work.batch  # cached at the end of the answer
+            at_end = inference_bytes(shape, mesh, [1] * work.batch, last, decode, numbers)
+            memory = max(memory, at_end, key=lambda parts: sum(parts.values()))
     plan = Plan(question, mesh, strategy, cost, memory, None, decode, answer)
     refused = refusal_of(question, mesh, decode)
     limit = None if refused else broken_limit(question, plan)
@@ -223,9 +227,12 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
 
 
 def _answer_of(question: Question, mesh: Mesh) -> tuple[str, PassCost]:
-    """Return the faster of the decode strategies that ``context.decode=auto`` chooses from, and its cost per token."""
+    """Return the faster of the decode strategies that ``context.decode=auto`` chooses from, and its cost per token.
+
+    The cost is that of the token in the middle of the answer.
+    """
     work, numbers = question.work, question.numbers(mesh)
-    totals = [work.cached + work.context] * work.batch
+    totals = [work.cached + work.context + work.new_tokens // 2] * work.batch  # on average
     names = [name for name in SHARED_ROWS if name == "gather_merge" or (mesh.context > 1 and not numbers.spd_share)]
     costs = {name: decode_cost(question.shape, mesh, question.machine, totals, name, numbers) for name in names}
     return min(costs.items(), key=lambda item: item[1].seconds)

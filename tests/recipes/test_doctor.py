@@ -28,6 +28,7 @@ NIC0    PXB     PXB     SYS     SYS      X
 
 def test_links_are_counted_by_kind_without_network_cards():
     assert links_of(TOPOLOGY.splitlines()) == "2 x NV18, 1 x SYS"
+    assert links_of(TOPOLOGY.strip().splitlines()) == "2 x NV18, 1 x SYS", "the header's first word is GPU0"
     assert links_of(["        GPU0    CPU Affinity", "GPU0     X      0-15"]) is None
     assert links_of([]) is None
 
@@ -38,6 +39,7 @@ def test_links_are_counted_by_kind_without_network_cards():
         (CPU, ["a GPU"]),
         (replace(CPU, listed_gpus=("H100",)), ["a CUDA build of torch", "Transformer Engine", "flash-attn 2"]),
         (GPU, []),
+        (replace(GPU, gpus=(), listed_gpus=("H100",)), ["a driver for this CUDA, or GPUs in CUDA_VISIBLE_DEVICES"]),
         (replace(GPU, flash_attn_2=None, flash_attn_4="4.0"), ["flash-attn 2"]),
         (
             replace(GPU, te_missing=("transformer-engine-torch",)),
@@ -65,7 +67,7 @@ def test_choices_are_what_the_code_takes_here():
 @pytest.mark.parametrize(("changes", "layers"), [({}, "te"), ({"te_missing": ("x",)}, "local")])
 def test_layers_on_gpus(changes, layers):
     inference, training, spd = choices(replace(GPU, **changes))
-    assert (inference.layers, training.layers, spd.device) == (layers, "local", "cpu")
+    assert (inference.layers, training.layers, spd.device) == (layers, layers, "cpu")
     assert "flash_attn" in inference.kernel
     assert "flash_attn" not in choices(replace(GPU, flash_attn_2=None))[0].kernel
     assert "triton" not in inference.kernel and "triton" in choices(replace(GPU, triton="3.7.1"))[0].kernel

@@ -17,6 +17,12 @@ def add_exit(tmp_path):
     return write
 
 
+def test_file_that_a_full_disk_left_empty_is_left_out(add_exit, tmp_path):
+    add_exit(1, 5.0, "b", 1, "why")
+    (tmp_path / "ranks" / "0.end").touch()
+    assert report(tmp_path, 1).startswith("rank 1 on b exited with 1")
+
+
 def test_killed_rank_comes_before_ranks_that_lost_it(add_exit, tmp_path):
     add_exit(0, 100.0, "n1", 1, "LostPeer: lost rank 3\n\nSet the environment variable HYDRA_FULL_ERROR=1\n")
     add_exit(3, 100.25, "n2", 137, "step 1\nstep 2\n\n")

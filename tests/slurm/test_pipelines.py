@@ -96,3 +96,25 @@ def test_local_job_that_would_not_wait_for_a_queued_one_is_refused(refused, tmp_
     message = refused("pipeline=steps.yaml")
     assert "launcher=local runs at once, and does not wait for the pipeline's job pretrain" in message
     assert "does not wait for after=12: " in refused(*TINY, "folder=run", "launcher=local", "after=12")
+
+
+def test_dry_run_is_for_all_jobs(refused, tmp_path):
+    (tmp_path / "steps.yaml").write_text(f"- {' '.join(TINY)} folder=a\n- {' '.join(TINY)} folder=b dry_run=true\n")
+    assert "dry_run is for all jobs of a pipeline: write it on the command line" in refused("pipeline=steps.yaml")
+
+
+def test_rejected_job_leaves_its_folder_as_it_was(tmp_path, monkeypatch, no_cluster):
+    monkeypatch.chdir(tmp_path)
+
+    def reject(_):
+        raise ValueError("Slurm refuses: no")
+
+    monkeypatch.setattr(cluster, "refuse_rejected_script", reject)
+    (tmp_path / "old" / "code").mkdir(parents=True)
+    for name in ("code/COMMIT", "config.yaml", "failure.txt"):
+        (tmp_path / "old" / name).write_text("of an earlier job")
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    for folder in ("old", "new/deep/run"):
+        with pytest.raises(ValueError, match="Slurm refuses: no"):
+            submit.submit(submit.make_plans([*TINY, "evaluate.every=0", f"folder={folder}"]))
+        assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before

@@ -81,6 +81,39 @@ def test_runs_of_a_sweep_have_the_same_gpus(refused, script):
     assert "--gpus-per-node=1\n" in script(*words, "run.device=cuda")
 
 
+def test_variants_share_nodes_and_gpus(refused, script, tmp_path):
+    """A variant of eval on as many ranks has a mesh of its own; one-rank runs start the ranks of variants."""
+    model = tiny_model(tmp_path / "tiny", 1999)
+    eval_words = (
+        "recipe=eval",
+        "eval.tasks=[needle]",
+        "eval.lengths=[709]",
+        "eval.limit=1",
+        "folder=run",
+        f"model={model}",
+    )
+    before = "variants=[{name: a, mesh: {ring: 1, tp: 3}}]"
+    assert "mesh.tp=3 does not divide the 1 rank(s) of a node" in refused(*eval_words, "mesh.ring=3", "nodes=3", before)
+    alone = (*eval_words, "run.device=cuda", "context.kernel=reference", "variants=[{name: a, mesh: {ring: 2}}]")
+    assert "--gpus-per-node=2\n" in script(*alone)
+
+
+@pytest.mark.parametrize("name", ["code", "config.yaml", "job.sbatch"])
+def test_folder_with_other_files_is_not_replaced(refused, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert f"run has {name}, which no job wrote and a job would replace" in refused(*TINY, "folder=run")
+
+
+def test_home_and_additions_are_read_as_the_recipe_reads_them(script, refused, monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    (home / "text.txt").write_text("It was the best of times. " * 99)
+    assert script(*TINY, "data=text", "data.sources=[{path: '~/text.txt'}]", "folder=run")
+    assert "there is no setting evalute.every" in refused(*TINY, "++evalute.every=5", "folder=run")
+    shown = script(*TINY, "++model.config.hidden_size=64,128", "folder=run")
+    assert "0) words+=(++model.config.hidden_size=64 " in shown
+
+
 def test_every_run_of_a_sweep_has_its_own_pinned_settings(script, monkeypatch):
     """eval.data=auto names no folder next to the job's copy of the code."""
     pinned = Recipe("recipes.pretrain", "pretrain", lambda _: None, lambda config: (f"seed={config.steps * 100}",))
@@ -186,6 +219,7 @@ def test_job_that_squeue_does_not_list_or_know_has_ended(squeue, answer, active)
 def test_failing_squeue_refuses_a_folder_with_a_job_and_keeps_its_code(squeue, refused, tmp_path):
     squeue(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     (tmp_path / "run" / "code").mkdir(parents=True)
+    (tmp_path / "run" / "code" / "COMMIT").touch()
     (tmp_path / "run" / "job.id").write_text("12\n")
     message = refused(*TINY, "launcher=local", "folder=run")
     assert (
@@ -230,6 +264,33 @@ def test_task_of_an_array_is_requeued_alone(squeue, script, tmp_path, monkeypatc
     text = script(*TINY, "seed=0,1", "launcher=local", "folder=run", "launcher.container=false")
     subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
     assert asked.read_text().split() == ["requeue", "12_1"]
+
+
+def test_failing_run_here_ends_with_its_own_code_and_requeues_nothing(squeue, tmp_path, monkeypatch):
+    """Here may be a job of Slurm's, which is not this run."""
+    squeue(0, "RUNNING", "")
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_ARRAY_JOB_ID": "48", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as leaving:
+        submit.main([*TINY, "launcher=local", "folder=run", "launcher.container=false"])
+    assert leaving.value.code == 1 and not (tmp_path / "asked").exists()
+    assert (tmp_path / "run" / "failures").read_text() == "1\n"
+
+
+def test_job_that_cannot_count_its_failures_is_not_started_again(squeue, script, tmp_path, monkeypatch):
+    squeue(0, "RUNNING", "")
+    asked, scontrol = tmp_path / "asked", tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\ntouch {asked}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    (tmp_path / "run" / "failures").mkdir(parents=True)  # cannot be written, as on a full disk
+    text = script(*TINY, "launcher=local", "folder=run", "launcher.container=false")
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not asked.exists()
 
 
 @pytest.mark.parametrize(("state", "restarts"), [("RUNNING", True), ("", True), ("COMPLETING", False)])

@@ -17,6 +17,7 @@ from slurm import submit
 from slurm.plan import JobPlan
 from slurm.render import script_of
 from tests.slurm.conftest import TINY
+from tests.tiny import tiny_model
 
 
 def test_free_text_reaches_the_recipe_unchanged(script, tmp_path):
@@ -78,6 +79,20 @@ def test_sweep_is_an_array_with_an_out_for_each_run(script, tmp_path):
     command = ["bash", str(tmp_path / "job.sbatch")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "set the run of the sweep: SLURM_ARRAY_TASK_ID=0" in done.stderr
+
+
+def test_runs_of_a_sweep_save_sessions_of_their_own(script, tmp_path):
+    (tmp_path / "turns.jsonl").write_text('{"text": "a"}\n')
+    words = (
+        "recipe=chat",
+        f"model={tiny_model(tmp_path / 't', 397)}",
+        "turns=turns.jsonl",
+        "session.save=talk",
+        "folder=run",
+    )
+    shown = script(*words, "max_new_tokens=3,5")
+    assert re.search(r"0\) words\+=\(.*session\.save=\S*talk/0", shown)
+    assert re.search(r"1\) words\+=\(.*session\.save=\S*talk/1", shown)
 
 
 def test_sweep_may_list_the_out_of_each_run(script, tmp_path):
