@@ -88,6 +88,7 @@ def test_variants_share_nodes_and_gpus(refused, script, tmp_path):
         "recipe=eval",
         "eval.tasks=[needle]",
         "eval.lengths=[709]",
+        "eval.prefix_token=0",
         "eval.limit=1",
         "folder=run",
         f"model={model}",
@@ -109,9 +110,9 @@ def test_home_and_additions_are_read_as_the_recipe_reads_them(script, refused, m
     monkeypatch.setenv("HOME", str(home))
     (home / "text.txt").write_text("It was the best of times. " * 99)
     assert script(*TINY, "data=text", "data.sources=[{path: '~/text.txt'}]", "folder=run")
-    assert "there is no setting evalute.every" in refused(*TINY, "++evalute.every=5", "folder=run")
-    shown = script(*TINY, "++model.config.hidden_size=64,128", "folder=run")
-    assert "0) words+=(++model.config.hidden_size=64 " in shown
+    assert "there is no setting evaluation.every" in refused(*TINY, "++evaluation.every=5", "folder=run")
+    shown = script(*TINY, "++model.config.num_hidden_layers=2,3", "folder=run")
+    assert "0) words+=(++model.config.num_hidden_layers=2 " in shown
 
 
 def test_every_run_of_a_sweep_has_its_own_pinned_settings(script, monkeypatch):
