@@ -35,10 +35,10 @@ def _copy_source(code: Path) -> None:
     """Replace ``code`` with the source as it is now, its commit, and its difference from that commit."""
     shutil.rmtree(code, ignore_errors=True)
     code.mkdir(exist_ok=True)
+    (code / "COMMIT").write_text(commit_of(ROOT) + "\n")  # first: it says that a job wrote this folder
     for file in _source_files():
         (code / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, code / file, follow_symlinks=False)
-    (code / "COMMIT").write_text(commit_of(ROOT) + "\n")
     (code / "dirty.diff").write_text(diff_of(ROOT))
 
 

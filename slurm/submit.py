@@ -153,7 +153,8 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
     are cancelled, and all folders that this call made are deleted.
     """
     jobs: list[int] = []
-    made: dict[Path, Path] = {}  # folders that queued jobs did not have before, with the nearest one that existed
+    existed = {plan.folder: nearest_existing(plan.folder) for plan in plans}
+    made: dict[Path, Path] = {}  # new folders of queued jobs, each with the nearest folder that existed before
     for checked in plans:
         # 1. Put the previous job's number in the plan.
         known = [job for job in checked.settings.jobs_before if job != NOT_QUEUED]
@@ -163,7 +164,7 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
             _run_locally(plan, freeze_job(plan, Path.cwd()))
             continue
         if not plan.folder.exists():
-            made[plan.folder] = nearest_existing(plan.folder)
+            made[plan.folder] = existed[plan.folder]
         jobs.append(_queue(plan, jobs, made))
         (plan.folder / JOB).write_text(f"{jobs[-1]}\n")
         # 3. Print where it is.
@@ -177,8 +178,9 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
 def _queue(plan: JobPlan, earlier: Sequence[int], made: Mapping[Path, Path]) -> int:
     """Write the folder of ``plan``, queue its script, and return the job's number.
 
-    If Slurm rejects the script, nothing in the folder is changed.  Then this cancels the ``earlier`` jobs, deletes the
-    folders ``made``, and raises ValueError.  If jobs cannot be cancelled, their folders are left: they may still run.
+    If Slurm rejects the script, nothing in the folder is changed.  If that happens, or the folder cannot be written,
+    this cancels the ``earlier`` jobs, deletes the folders ``made``, and raises ValueError.  If jobs cannot be
+    cancelled, their folders are left: they may still run.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +188,7 @@ def _queue(plan: JobPlan, earlier: Sequence[int], made: Mapping[Path, Path]) -> 
             script.write_text(script_of(plan, Path.cwd(), commit_of(ROOT)))
             cluster.refuse_rejected_script(script)
         return cluster.queue(freeze_job(plan, Path.cwd()))
-    except ValueError as rejected:
+    except (ValueError, OSError) as rejected:
         left = _cancel(earlier)
         for job_folder, existed in made.items():
             if not left or job_folder == plan.folder:

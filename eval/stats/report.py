@@ -138,7 +138,7 @@ class Report:
         figures = self.average[name]
         accuracy, of_baseline = figures["accuracy"], next(iter(self.average.values()))["accuracy"]
         assert accuracy is not None and of_baseline is not None
-        return accuracy + (of_baseline - (figures.get("baseline") or of_baseline))
+        return accuracy + (of_baseline - figures.get("baseline", of_baseline))
 
     def as_dict(self) -> dict[str, object]:
         """Return the content of report.json."""

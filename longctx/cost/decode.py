@@ -45,7 +45,8 @@ class DecodeWork:
     ``heads``, ``kv_heads`` and ``vocab_size`` count what one of the ``tp`` tensor-parallel ranks has.
     ``element_bytes`` is the size of one activation or weight; ``layer_bytes`` is the size of all ``layer_weights``.
     A layer has ``sums`` tensor-parallel all-reduces of hidden states: 2, or less on average if some blocks drop one.
-    ``pairs`` of its all-reduces sum two hidden states in one message, and ``norm_sums`` one number for each row.
+    ``pairs`` of its all-reduces sum two hidden states in one message.  ``norm_sums`` sum one number for each row, and
+    always over the ``tp`` ranks alone: context ranks that share weights have all queries and keys by then.
     """
 
     batch: int
@@ -72,8 +73,8 @@ class DecodeWork:
         yield self.sums, hidden
         if self.pairs:
             yield self.pairs, 2 * hidden
-        if self.norm_sums:
-            yield self.norm_sums, (ranks - 1) * self.batch * 4  # float32
+        if self.norm_sums and self.tp > 1:
+            yield self.norm_sums, (self.tp - 1) * self.batch * 4  # float32
 
 
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:

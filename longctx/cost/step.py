@@ -145,10 +145,12 @@ def _products(
     unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
     read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
     # Recomputing a dense MLP gathers its input and scatters its output again: together one reduction.  A block that
-    # drops its reduction does neither, unless its outputs are normalised.
-    dropped = numbers.spd_share if shape.norms == "pre" else 0.0
-    again_sums = {"none": 0.0, "selective": 1 - expert_layers(shape) / shape.layers - dropped, "full": 2 - dropped}
-    reductions = layers * (5 - 2 * dropped + again_sums[work.recompute])
+    # drops its reduction does neither.  It gathers and scatters its input and output once in each direction; if its
+    # outputs are normalised, it scatters, and in the backward gathers, twice as much.
+    share, normed = numbers.spd_share, shape.norms != "pre"
+    dense = 1 - expert_layers(shape) / shape.layers
+    again_sums = {"none": 0.0, "selective": dense - share, "full": 2 - share * (0.5 if normed else 1)}
+    reductions = layers * (5 - (2 if normed else 3) * share + again_sums[work.recompute])
     if mesh.ep > 1:
         reductions *= 1 - expert_layers(shape) / shape.layers / 2
     size = rows * shape.hidden * numbers.element

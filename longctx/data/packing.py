@@ -14,7 +14,7 @@ from longctx.data.stage import Stage, State, start_of
 from longctx.shapes import Bool, Int, Positions, Tensor
 
 log = logging.getLogger(__name__)
-_FRUITLESS = 1000  # sequences without a target that counts
+_FRUITLESS = 10_000  # sequences without a target that counts
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def refuse_nothing_to_learn(counted: int, where: str) -> None:
     """Raise ValueError if ``counted``, the number of targets with a loss in the text or batch ``where``, is 0."""
     if not counted:
         raise ValueError(
-            f"{where} has nothing to learn from: no token is followed by another one of its document; "
-            "give longer documents, or set data.end_token=true"
+            f"{where} has nothing to learn from: no token is followed by another one of its document that counts in "
+            "the loss; give longer documents, or set data.end_token=true"
         )
 
 

@@ -4,6 +4,7 @@ import math
 import multiprocessing as mp
 import os
 import pickle
+import select
 import shutil
 import signal
 import sys
@@ -160,10 +161,17 @@ def _run_one(
         _write(Path(folder, f"result{rank.rank}"), result)
     except BaseException as error:
         reason = f"raised {type(error).__name__}: {error}"
-        closed_pipe = isinstance(error, BrokenPipeError)
+        closed_pipe = isinstance(error, BrokenPipeError) and _is_reader_gone()
         _write(Path(folder, f"error{rank.rank}"), (reason, _details(error), time.time(), closed_pipe))
         _leave(1)
     _leave(0)
+
+
+def _is_reader_gone() -> bool:
+    """Return True if standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _details(error: BaseException) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from longctx.config.run import SAMPLING_RANGES
 
@@ -15,6 +15,7 @@ _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 }  # fmt: skip
 _TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
+_IGNORED_IN_MESSAGES = ("name", "reasoning_content")
 # Values with which a field of OpenAI's or vLLM's that is not implemented changes nothing, besides null.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
@@ -46,18 +47,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
-
-
-def _refuse_surrogate(text: str) -> str:
-    """Return ``text``.  Raises ValueError if it has half of a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair: send whole characters") from error
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_refuse_surrogate)]
 
 
 def _shown(**bounds: float) -> Any:
@@ -105,7 +94,7 @@ class Body(BaseModel):
     frequency_penalty: Annotated[StrictFloat, _shown_range("frequency_penalty")] | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -118,18 +107,9 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """Body of /v1/completions: one prompt or several, each as text or as tokens."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
-
-
-class TextPart(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -137,21 +117,47 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Text
-    content: Text | list[TextPart]
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]]
 
     def plain(self, template: str) -> dict[str, Any]:
         """Return the message with its content as one text; null and empty fields are left out.
 
-        Raises `RequestRefused` for calls of tools, and for fields that the chat ``template`` does not name.
+        Raises `RequestRefused` for calls of tools, for other parts than text, and for other fields that the chat
+        ``template`` does not name; a name and a chain of thought are then ignored, as transformers does.
         """
-        extra = {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {}, "")}
+        extra = _filled(self.model_extra or {})
         for name in extra:
-            if name in _TOOL_FIELDS or name not in template:
+            if name in _TOOL_FIELDS or (name not in template and name not in _IGNORED_IN_MESSAGES):
                 raise RequestRefused(f"{name} of a message is not implemented: leave it out", "messages")
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = content if isinstance(content, str) else "".join(map(_text_of, content))
+        for one in (self.role, text):
+            refuse_half_character(one, "messages")
         return {**extra, "role": self.role, "content": text}
+
+
+def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``fields`` without those that are null or empty."""
+    return {name: value for name, value in fields.items() if value not in (None, [], {}, "")}
+
+
+def _text_of(part: Mapping[str, Any]) -> str:
+    """Return the text of a ``part`` of a message.  Raises `RequestRefused` for another part, or an unknown field."""
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RequestRefused(f"a part of type {part.get('type')} is not implemented: use text", "messages")
+    if unknown := {*_filled(part)} - {"type", "text", "cache_control"}:
+        raise RequestRefused(f"{min(unknown)} of a part is not implemented: leave it out", "messages")
+    return str(part["text"])
+
+
+def refuse_half_character(text: str, param: str) -> None:
+    """Raise `RequestRefused` if ``text``, of the field ``param``, has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"character {error.start} is half of a surrogate pair: send whole characters"
+        raise RequestRefused(message, param) from error
 
 
 class ChatBody(Body):
@@ -173,7 +179,7 @@ class TokenizeBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr | None = None
-    prompt: Text | None = None
+    prompt: StrictStr | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: StrictBool = True
 

@@ -18,6 +18,7 @@ from longctx.serve.bodies import (
     RequestRefused,
     TokenizeBody,
     refuse_fields,
+    refuse_half_character,
 )
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -123,6 +124,7 @@ class Reader:
             raise RequestRefused("give either prompt or messages", "prompt")
         if body.messages is not None:
             return self.chat_tokens(body.messages)
+        refuse_half_character(str(body.prompt), "prompt")
         return tuple(tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens).tolist())
 
     def chat_tokens(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
@@ -149,6 +151,8 @@ class Reader:
             )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            refuse_half_character(prompt, "prompt")
         tokens = tokenize(prompt, self.tokenizer).tolist() if isinstance(prompt, str) else prompt
         return self._refuse_tokens(tokens, "prompt")
 
@@ -171,6 +175,8 @@ class Reader:
             given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
         if body.stop_token_ids is not None:
             given["stop_tokens"] = tuple(body.stop_token_ids)
+        for text in given.get("stop", ()):
+            refuse_half_character(text, "stop")
         if len(given.get("stop", ())) > _MOST_STOPS:
             raise RequestRefused(f"stop has {len(given['stop'])} texts: use at most {_MOST_STOPS}", "stop")
         seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32

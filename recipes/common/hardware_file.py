@@ -24,14 +24,19 @@ def read_machine(name: str) -> Machine:
 
     Raises ValueError, with the names in configs/machine, if there is neither, and for a file that describes no machine.
     """
+    refuse_unknown_machine(name)
+    file = str(CONFIGS / "machine" / f"{name}.yaml") if name in choices("machine") else name
+    return machine_of(_values(file), f"hardware={name}")
+
+
+def refuse_unknown_machine(name: str) -> None:
+    """Raise ValueError, with the names in configs/machine, unless ``name`` is one of them or a file."""
     known = choices("machine")
     if name not in known and not Path(name).expanduser().is_file():
         raise ValueError(
-            f"hardware={name} is neither a machine of configs/machine nor a file: use {', '.join(known)}, or "
-            "a file that "
-            "python -m recipes.calibrate out=FILE.yaml wrote"
+            f"hardware={name} is neither a machine of configs/machine nor a file: use {', '.join(known)}, or a file "
+            "that python -m recipes.calibrate out=FILE.yaml wrote"
         )
-    return machine_of(_values(str(CONFIGS / "machine" / f"{name}.yaml") if name in known else name), f"hardware={name}")
 
 
 def read_rates(name: str) -> tuple[float | None, Machine | None]:
@@ -75,6 +80,7 @@ def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bf
     The rates of configs/machine, and of files like these, are for 16-bit numbers.  A file of recipes.calibrate says for
     which dtype its rates are; those of version 0.1 do not.  ``instead`` is the first remedy that the message names.
     """
+    refuse_unknown_machine(hardware)
     values = {"levels": ()} if hardware in choices("machine") else _values(hardware)
     if not isinstance(values, dict):
         return  # refused when it is read
@@ -86,8 +92,8 @@ def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bf
     measured = _measured(values).get("dtype", dtype)
     if measured != dtype:
         raise ValueError(
-            f"hardware={hardware} was measured with model.dtype={measured}: use that, or measure again with "
-            f"python -m recipes.calibrate model.dtype={dtype} out=FILE.yaml"
+            f"hardware={hardware} was measured with model.dtype={measured}, not {dtype}: use a file that "
+            f"python -m recipes.calibrate model.dtype={dtype} out=FILE.yaml wrote, or {instead}"
         )
 
 

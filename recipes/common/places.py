@@ -10,10 +10,11 @@ _SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  
 
 def is_file_name(out: str) -> bool:
     """Return True if ``out`` has the suffix of a file that recipes write, such as .json; else it is a run's folder."""
-    return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
+    return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".md", ".svg", ".png", ".pdf")
 
 
-WRITTEN = ("out", "picture", "settings", "json", "markdown", "session.save")  # settings of files and folders to write
+# Settings of files and folders to write.
+WRITTEN = ("out", "picture", "settings", "json", "markdown", "fitted", "session.save")
 
 
 def numbered_out(out: str, number: int | str) -> str:

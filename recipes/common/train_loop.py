@@ -153,20 +153,24 @@ def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Pa
     if not wrong:
         return
     checkpoints.poll(wait=True)
+    # The loss and the norm are those of the weights before the step; held-out text is evaluated after it.
+    from_weights = any(not math.isfinite(figures[name] or 0.0) for name in ("loss", "grad_norm"))
+    resume = _describe_resume(folder, done.step, from_weights)
     wider = "; or begin again in another out= with model.dtype=float32" if dtype != "float32" else ""
     raise FloatingPointError(
-        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({_describe_resume(folder, done.step)}): "
+        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({resume}): "
         f"use a lower optim.lr, a longer optim.warmup, or a lower optim.clip above 0{wider}"
     )
 
 
-def _describe_resume(folder: Path, step: int) -> str:
-    """Return in words from which checkpoint in ``folder`` a run can resume whose weights had diverged in ``step``.
+def _describe_resume(folder: Path, step: int, from_weights: bool) -> str:
+    """Return in words from which checkpoint in ``folder`` a run can resume that diverged in ``step``.
 
-    A checkpoint of the step before has the weights that gave the infinite loss.
+    ``from_weights`` says that the weights before the step had diverged already, and with them a checkpoint of theirs.
     """
     whole = [place for place in checkpoint_index.checkpoint_folders(folder) if not checkpoint_index.fault_of(place)]
-    bad = [place for place in whole if checkpoint_index.read_metadata(place)["step"] == step - 1]
+    last = step - 1 if from_weights else None
+    bad = [place for place in whole if checkpoint_index.read_metadata(place)["step"] == last]
     good = [place for place in whole if place not in bad]
     resumes = f"the last good checkpoint is {good[-1]}, from which the same out= resumes" if good else ""
     if bad:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longctx.config import DataSettings, TextSource
+from longctx.data import packing
 from longctx.data.batches import batches, left_out, training_batches
 from longctx.data.packing import pack
 from tests.data.texts import assert_resumes, pages, stage_of, take, write_source
@@ -174,7 +175,8 @@ def test_cut_document_continues_with_another_number_of_epochs(byte_tokenizer, tm
     assert any(state["used"] and state["documents"]["first"] == 1 for _, state in whole)
 
 
-def test_endless_text_without_a_target_is_refused(byte_tokenizer, tmp_path):
+def test_endless_text_without_a_target_is_refused(byte_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_FRUITLESS", 1000)
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
     data = DataSettings((TextSource(path=str(file)),), 4, 1, last="pad", end_token=False)

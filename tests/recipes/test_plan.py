@@ -228,7 +228,11 @@ def test_long_answer_needs_room_for_its_keys_and_time_for_them():
 @pytest.mark.parametrize(
     ("values", "dtype", "message"),
     [
-        ({"measured": {"dtype": "float32"}}, "bfloat16", "was measured with model.dtype=float32: use that, or measure"),
+        (
+            {"measured": {"dtype": "float32"}},
+            "bfloat16",
+            "was measured with model.dtype=float32, not bfloat16",
+        ),
         ({"levels": []}, "float32", "has the rates of 16-bit numbers, and model.dtype=float32 is slower"),
     ],
 )

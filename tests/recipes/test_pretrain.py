@@ -319,9 +319,11 @@ def test_checkpoint_before_the_diverged_weights_is_the_one_to_resume_from(tmp_pa
     monkeypatch.setattr(checkpoint_index, "read_metadata", lambda place: {"step": int(place.name[-1])})
     good, bad = tmp_path / "step-00000004", tmp_path / "step-00000006"
     resumes = f"the last good checkpoint is {good}, from which the same out= resumes"
-    assert train_loop._describe_resume(tmp_path, 7) == f"the weights in {bad} have diverged: remove it; {resumes}"
-    assert train_loop._describe_resume(tmp_path, 8) == resumes.replace(str(good), str(bad))
-    assert train_loop._describe_resume(tmp_path / "none", 8) == "no checkpoint exists"
+    assert train_loop._describe_resume(tmp_path, 7, True) == f"the weights in {bad} have diverged: remove it; {resumes}"
+    held_out = resumes.replace(str(good), str(bad))
+    assert train_loop._describe_resume(tmp_path, 7, False) == held_out, "the step itself did it"
+    assert train_loop._describe_resume(tmp_path, 8, True) == resumes.replace(str(good), str(bad))
+    assert train_loop._describe_resume(tmp_path / "none", 8, True) == "no checkpoint exists"
 
 
 @pytest.mark.parametrize("words", [["context.decode=pass_q"], ["context.decode=sharded", "mesh.ring=2"]])

@@ -114,6 +114,21 @@ def test_rejected_job_leaves_its_folder_as_it_was(tmp_path, monkeypatch, no_clus
     for name in ("code/COMMIT", "config.yaml", "failure.txt"):
         (tmp_path / "old" / name).write_text("of an earlier job")
     before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    steps = "\n".join(f"- {' '.join(TINY)} evaluate.every=0 folder=new/deep/{name}" for name in "ab")
+    (tmp_path / "steps.yaml").write_text(steps)
+    before[tmp_path / "steps.yaml"] = steps
+    answers = iter([None, ValueError("Slurm refuses: no")])
+
+    def reject_second(_):
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    with monkeypatch.context() as patch:
+        for name, call in {"refuse_rejected_script": reject_second, "queue": lambda _: 7, "cancel": list}.items():
+            patch.setattr(cluster, name, call)
+        with pytest.raises(ValueError, match="Slurm refuses: no"):
+            submit.submit(submit.make_plans(["pipeline=steps.yaml"]))
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
     for folder in ("old", "new/deep/run"):
         with pytest.raises(ValueError, match="Slurm refuses: no"):
             submit.submit(submit.make_plans([*TINY, "evaluate.every=0", f"folder={folder}"]))

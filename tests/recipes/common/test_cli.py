@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -290,13 +292,21 @@ def test_runs_of_a_sweep_write_to_different_places(cli, tmp_path, monkeypatch):
 
 
 def print_to_nobody(_: Rank) -> None:
+    reads, writes = os.pipe()
+    os.dup2(writes, sys.stdout.fileno())
+    os.close(reads)
+    print("a", flush=True)
+
+
+def break_another_pipe(_: Rank) -> None:
     raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_reader_of_the_output_that_is_gone_is_no_failed_rank():
+@pytest.mark.parametrize(("rank_main", "code"), [(print_to_nobody, 141), (break_another_pipe, 1)])
+def test_reader_of_the_output_that_is_gone_is_no_failed_rank(rank_main, code):
     with pytest.raises(SystemExit) as leaving:
-        recipe_cli.exit_on_error(lambda: recipe_cli.on_ranks(Mesh(ring=2), print_to_nobody))
-    assert leaving.value.code == 141
+        recipe_cli.exit_on_error(lambda: recipe_cli.on_ranks(Mesh(ring=2), rank_main))
+    assert leaving.value.code == code
 
 
 def test_error_of_the_disk_on_a_launcher_s_rank_is_a_failure_in_one_line(under_torchrun):
