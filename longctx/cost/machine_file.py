@@ -18,13 +18,13 @@ def machine_of(values: Any, source: str) -> Machine:
     if not isinstance(values, Mapping) or "levels" not in values:
         return replace(_one_node(hardware_of(values, source), source), errors=errors_of(values, source))
     try:
-        # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants.
-        refuse_unknown(values, ["fitted", *(one.name for one in fields(Machine))], "a machine")
+        # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants, "measured" says of what dtype.
+        refuse_unknown(values, ["fitted", "measured", *(one.name for one in fields(Machine))], "a machine")
         levels = [_level_of(one) for one in values["levels"]]
         errors = errors_of(values, source)
         # 2. Convert the numbers.
         counts = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
-        others = ("fitted", "levels", "errors")
+        others = ("fitted", "measured", "levels", "errors")
         given = {name: value for name, value in values.items() if name not in others and value is not None}
         plain: dict[str, Any] = {name: (whole if name in counts else float)(value) for name, value in given.items()}
         return Machine(levels=levels, errors=errors, **plain)

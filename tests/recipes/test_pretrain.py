@@ -145,7 +145,7 @@ def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     assert float(re.search(r"offloaded +(\S+) MB of activations, to", err)[1]) > 0.1
     assert lines(tmp_path / "a")[-1]["offloaded_bytes"] > 100_000
     machine = tmp_path / "machine.yaml"  # not by its name, whose rates are those of 16-bit numbers
-    machine.write_text((CONFIGS / "machine" / "h200.yaml").read_text())
+    machine.write_text((CONFIGS / "machine" / "h200.yaml").read_text() + "measured: {dtype: float32}\n")
     err = " ".join(run_here(cli, tmp_path / "b", *constant, "steps=7", f"hardware={machine}").split())
     assert re.search(r"time of a step \S+ s, predicted \S+ s \(-\d+%\)", err)
     measured, predicted = re.search(r"peak memory of a step (\S+) MB, predicted (\S+): optimizer", err).groups()
