@@ -77,8 +77,8 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
 def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bfloat16") -> None:
     """Raise ValueError unless the rates of ``hardware`` are those of ``dtype``.
 
-    The rates of configs/machine, and of files like these, are for 16-bit numbers unless they have ``measured.dtype``.  A
-    file of recipes.calibrate says for which dtype its rates are; those of version 0.1 do not.
+    The rates of configs/machine, and of files like these, are for 16-bit numbers unless they have ``measured.dtype``.
+    A file of recipes.calibrate says for which dtype its rates are; those of version 0.1 do not.
 
     ``instead`` is the first remedy that the message names.
     """
@@ -90,8 +90,7 @@ def refuse_other_rates(hardware: str, dtype: str, instead: str = "model.dtype=bf
     if measured is None and "levels" in values and dtype == "float32":
         raise ValueError(
             f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use {instead}, "
-            "or a file that recipes.calibrate wrote on the machine, or add measured: {dtype: float32} to a file of your "
-            "own"
+            "or a file that recipes.calibrate wrote on the machine, or add measured: {dtype: float32} to your own file"
         )
     measured = measured or dtype
     if measured != dtype:

@@ -94,11 +94,15 @@ def test_accuracies_come_from_a_report(cli, files, tmp_path):
         "ring": {"difference": 0.9},
     }
     (tmp_path / "report.json").write_text(json.dumps({"variants": variants, "average": average}))
-    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, files[1], f"report={tmp_path}/report.json")
-    assert code == 0, err
-    words = " ".join(err.split())
-    assert "accuracy lost, points" in words and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in words
-    assert "int8, 100% dropped, repaired: saves 55.0 %, costs 3.00" in words, "copies of the model change no answer"
+    shown = []
+    for limit in (2, 5):
+        words = (files[1], f"report={tmp_path}/report.json", f"limits=[{limit}]")
+        code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *words)
+        assert code == 0, err
+        shown.append(" ".join(err.split()))
+    assert "accuracy lost, points" in shown[0] and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in shown[0]
+    assert "int8, 100% dropped, repaired: saves 55.0 %, costs 3.00" in shown[1], "copies of the model change no answer"
+    words = shown[0]
     assert "left out, since the times are those of 3 tensor-parallel ranks: ring on tp=3 ring=2" in words
 
 
