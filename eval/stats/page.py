@@ -89,11 +89,12 @@ def _averages(report: Report) -> str:
 
 def verdicts_on_one_task(report: Report) -> list[str]:
     """Return a sentence for each variant whose verdict would differ without one of the averaged tasks."""
-    return [
-        f"The verdict on {name} rests on one task: without {task} it would be {verdict}."
-        for name, figures in report.average.items()
-        for task, verdict in figures.get("rests_on", {}).items()
-    ]
+    lines = []
+    for name, figures in report.average.items():
+        others = [f"without {task} ({verdict})" for task, verdict in figures.get("rests_on", {}).items()]
+        if others:
+            lines.append(f"The verdict on {name} would be another one {' or '.join(others)}.")
+    return lines
 
 
 def _needs(report: Report) -> list[str]:
