@@ -258,7 +258,7 @@ def test_folder_without_a_session_is_not_replaced(refused, tiny, turns, tmp_path
     monkeypatch.chdir(tmp_path / "notes")
     for folder in (tmp_path / "notes", ".", "thesis.txt"):
         line = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={folder}")
-        assert "exists and is not a session, and saving would delete it; use another folder" in line
+        assert "exists and is not a session, or has other files too, and saving would delete it; use another" in line
     assert contents(tmp_path / "notes") == {"thesis.txt": b"a year"}
 
 

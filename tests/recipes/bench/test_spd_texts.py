@@ -91,7 +91,7 @@ def test_comparison_counts_only_the_tokens_of_the_text():
         (["texts=[{path:x}]"], "texts.0.label is missing"),
         (["shares=[0]"], "shares.0=0"),
         (["sequences=1"], "sequences=1"),
-        (["texts=[{label:a,pydoc:test},{label:a,pydoc:test}]"], "texts have the labels ['a', 'a']"),
+        (["texts=[{label:a,pydoc:test},{label:a,pydoc:test}]"], "the label 'a' is used twice"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
         (["texts=[{label:a,path:FILE,from_start:true}]"], "from_start needs sequences=16 documents of two tokens"),
         (["adapted=MODEL"], "is not a folder of recipes.spd_adapt"),
