@@ -133,7 +133,8 @@ def _forward_signal(number: int, processes: list[ForkServerProcess]) -> Iterator
     def forward(*_: object) -> None:
         for process in processes:
             if process.pid and process.is_alive():
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
