@@ -252,7 +252,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
             r"run\.device=cuda: .* here; use run\.device=cpu, .*run=gpu model\.dtype=bfloat16",
         ),
         (["recompute=some"], "recompute=some"),
-        (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
+        (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml is neither a machine of configs"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
