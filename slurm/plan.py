@@ -13,12 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.config import Mesh
 from recipes.common.cli import compose_config, refuse_unknown_sections, say
 from recipes.common.overrides import CONFIGS, as_overrides, expand_home, expand_plan, literal, path_word
 from recipes.common.places import WRITTEN, is_file_name, numbered_out, refuse_unwritable_folder
 from recipes.common.renamed import rename_override, rename_settings
-from recipes.common.settings import section
+from slurm.ranks import gpus_per_rank, meshes_of, ranks_per_node
 from slurm.settings import Launcher, SubmitSettings, absolute, refuse_line_breaks
 
 _EXAMPLE = "prompt.pydoc=assert"
@@ -108,9 +107,9 @@ def plan_job(
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
     _refuse_shared_out(tasks)
     # 2. Their ranks on the nodes.
-    meshes = meshes_of(tasks)
-    (ranks,) = {ranks_per_node(mesh, settings) for mesh in meshes}
-    gpus = _gpus_per_rank(launcher, tasks)
+    configs = [task.config for task in tasks]
+    (ranks,) = {ranks_per_node(mesh, settings) for mesh in meshes_of(configs)}
+    gpus = gpus_per_rank(launcher, configs)
     # 3. The recipe's own checks.
     for task in tasks:
         _refuse_unprepared(recipe, task.config, settings)
@@ -246,55 +245,6 @@ def _refuse_shared_out(tasks: Sequence[ArrayTask]) -> None:
         )
 
 
-def meshes_of(tasks: Sequence[ArrayTask]) -> list[Mesh]:
-    """Return the meshes of all runs, and of eval's variants that have as many ranks; without a mesh, one rank.
-
-    Raises ValueError if the runs have different numbers of ranks.
-    """
-    meshes = [_mesh_of(task.config) for task in tasks]
-    if len(sizes := {mesh.ranks for mesh in meshes}) > 1:
-        raise ValueError(
-            f"the sweep's runs have {' and '.join(map(str, sorted(sizes)))} ranks, and must all have the same number "
-            "of ranks: submit meshes of different sizes separately"
-        )
-    variants = [mesh for task in tasks for mesh in _variant_meshes(task.config)]
-    return [*meshes, *(mesh for mesh in variants if mesh.ranks == meshes[0].ranks)]
-
-
-def _mesh_of(config: DictConfig) -> Mesh:
-    return section(config, "mesh", Mesh) if "mesh" in config else Mesh()
-
-
-def _variant_meshes(config: DictConfig) -> list[Mesh]:
-    """Return the meshes of the items of eval's setting ``variants`` that change the mesh."""
-    changes = [item["mesh"] for item in config.get("variants") or () if isinstance(item, DictConfig) and "mesh" in item]
-    return [_mesh_of(OmegaConf.create({"mesh": OmegaConf.merge(config.mesh, change)})) for change in changes]
-
-
-def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
-    """Return the number of ranks that each node starts.
-
-    Raises ValueError unless the nodes hold exactly the ranks of ``mesh``, with each tensor-parallel group on one node.
-    """
-    nodes, ranks = settings.nodes, settings.ranks_per_node or mesh.ranks // settings.nodes
-    if nodes * ranks != mesh.ranks:
-        wrong = f"x ranks_per_node={ranks} is not" if settings.ranks_per_node else "does not divide"
-        raise ValueError(
-            f"nodes={nodes} {wrong} the mesh's {mesh.ranks} ranks ({mesh}): change nodes or ranks_per_node, or use a "
-            f"mesh of {nodes * max(1, ranks)} ranks"
-        )
-    if ranks % mesh.tp:
-        groups = mesh.ranks // mesh.tp
-        fewer = max(n for n in range(1, nodes) if groups % n == 0)
-        also = f" ranks_per_node={mesh.ranks // fewer}" if settings.ranks_per_node else ""
-        raise ValueError(
-            f"mesh.tp={mesh.tp} does not divide the {ranks} rank(s) of a node: tensor-parallel ranks exchange data in "
-            f"every layer and must share a node; use nodes={fewer}{also}, or other axes of the mesh whose product is a "
-            f"multiple of {nodes}"
-        )
-    return ranks
-
-
 def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> None:
     """Raise ValueError if the recipe refuses ``config``; for a job that waits for others, only print the refusal."""
     _refuse_typed_turns(config)
@@ -317,24 +267,3 @@ def _refuse_typed_turns(config: DictConfig) -> None:
             f"session.load and session.save are both {load}: if the job is requeued, it would take its turns again, "
             "after those that it saved; use another folder for session.save"
         )
-
-
-def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:
-    """Return the number of GPUs that each rank gets: that of ``launcher``, or else one for runs on cuda.
-
-    A run of eval on one rank starts the ranks of each variant itself, and gets the GPUs of the largest one.
-
-    Raises ValueError if the launcher has no number, and only some of the runs are on cuda.
-    """
-    if launcher.gpus_per_rank is not None:
-        return launcher.gpus_per_rank
-    devices = sorted({str(OmegaConf.select(task.config, "run.device")) for task in tasks})
-    if len(devices) > 1:
-        raise ValueError(
-            f"the sweep's runs have run.device={' and '.join(devices)}, and all of its runs get the same GPUs: submit "
-            "the devices separately, or set launcher.gpus_per_rank=1"
-        )
-    if devices != ["cuda"]:
-        return 0
-    alone = [task.config for task in tasks if _mesh_of(task.config).ranks == 1]
-    return max((mesh.ranks for config in alone for mesh in _variant_meshes(config)), default=1)

@@ -206,21 +206,28 @@ def _compare_tasks(
     base: Mapping[str, Outcomes], variant: ScoredVariant, names: Sequence[str], rules: GateRules
 ) -> Figures:
     """Return the figures of ``variant``, averaged over the tasks ``names``: one task, or several accuracy tasks."""
-    others = [variant.outcomes[name] for name in names]
-    pairs = [(base[name].first(len(other.values)), other) for name, other in zip(names, others, strict=True)]
+    pairs = _pairs_of(base, variant, names)
     if words := pairs[0][0].words:
         values = pairs[0][0].values, pairs[0][1].values
         return _perplexity_figures(compare_perplexity(*values, words, z=rules.z), variant)
     accuracy = compare(
         [(one.values, other.values) for one, other in pairs],
         allowed_drop=rules.allowed_drop,
-        available=[other.available for other in others],
+        available=[other.available for _, other in pairs],
         z=rules.z,
         resamples=rules.resamples,
         seed=rules.seed,
     )
     margins = [(one.margins, other.margins) for one, other in pairs if one.margins]
     return _accuracy_figures(accuracy, compare_margins(margins, z=rules.z) if margins else None, variant, names)
+
+
+def _pairs_of(
+    base: Mapping[str, Outcomes], variant: ScoredVariant, names: Sequence[str]
+) -> list[tuple[Outcomes, Outcomes]]:
+    """Return the outcomes of the baseline and of ``variant`` on the same examples, for each of the tasks ``names``."""
+    others = [variant.outcomes[name] for name in names]
+    return [(base[name].first(len(other.values)), other) for name, other in zip(names, others, strict=True)]
 
 
 def _rest_on(
@@ -233,7 +240,7 @@ def _rest_on(
     """Return the tasks among ``names`` without which a deciding ``verdict`` would differ, with the other verdict."""
     if verdict in (None, "undecided") or len(names) < 2:
         return {}
-    pairs = [(base[name].first(len(other := variant.outcomes[name].values)).values, other) for name in names]
+    pairs = [(one.values, other.values) for one, other in _pairs_of(base, variant, names)]
     without = zip(names, verdicts_without(pairs, allowed_drop=rules.allowed_drop, z=rules.z), strict=True)
     return {name: other for name, other in without if other != verdict}
 

@@ -23,7 +23,8 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
     A run that resumes with other weights counts tokens from 0 again.  Otherwise a source with a larger weight would
     first give all documents, until it had its new share of all earlier tokens.
 
-    The iteration raises ValueError for a resume state of another number of sources.
+    The iteration raises ValueError for a resume state of another number of sources, and for one inside a document that
+    no epoch has any more.
     """
     assert len(sources) == len(weights), "a weight for each source"
     starts = [start_of(source) for source in sources]
@@ -40,11 +41,11 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
         # The first document comes from the source that the interrupted run would have read: it may be cut already.
         shares = list((state or start).get("weights", weights))
         live = {i: source(states[i]) for i, source in enumerate(sources)}
-        first = (state or start).get("first")
+        cut = (state or start).get("first")
         while live:
-            turn = min(live, key=lambda i: tokens[i] / shares[i]) if first is None else first
-            first = None
+            turn = min(live, key=lambda i: tokens[i] / shares[i]) if cut is None else cut
             for one, after in live[turn]:
+                cut = None
                 document = replace(one, source=turn if len(sources) > 1 else None)
                 tokens[turn] += len(document.tokens)
                 if document.ends:
@@ -52,6 +53,11 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
                     break
                 yield document, {}
             else:
+                if cut is not None:
+                    raise ValueError(
+                        f"the state to resume from is inside a document of source {cut + 1}, which data.epochs now "
+                        "leaves out: use as many epochs as before, or more"
+                    )
                 del live[turn]
                 continue
             if shares != list(weights):

@@ -130,7 +130,7 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
         variants: dict[str, Variant] = {name: Variant(engine, Context(decode=name)) for name in settings.strategies}
         for share in settings.dropped:
             dropped = len(plan_for(share, target).dropped) / target.shape.layers
-            variants[f"sharded, {dropped:.0%} dropped"] = Variant(engine, Context(decode="sharded"), share)
+            variants[f"sharded, {100 * dropped:.3g}% dropped"] = Variant(engine, Context(decode="sharded"), share)
         variants[ONE_RANK] = Variant(alone, Context())
         times = []
         for batch in settings.batch:

@@ -201,10 +201,9 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
     """Return the packed sequences of each text, by its label.
 
-    Raises ValueError as `text_of`, `refuse_same_labels` and `refuse_bad_names` do.
+    Raises ValueError as `text_of` and `refuse_bad_labels` do.
     """
-    refuse_same_labels("texts", [text.label for text in texts])
-    refuse_bad_names([text.label for text in texts])
+    refuse_bad_labels([text.label for text in texts])
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
     return {
         label: text_of(source, target, settings.sequences, length_setting="length") for label, source in data.items()
@@ -217,8 +216,9 @@ def refuse_same_labels(setting: str, labels: Sequence[str]) -> None:
         raise ValueError(f"{setting}: the label {repeated[0]!r} is used twice: give each item a label of its own")
 
 
-def refuse_bad_names(labels: Sequence[str]) -> None:
-    """Raise ValueError unless there is a text, and the ``labels`` of all texts can be names of files."""
+def refuse_bad_labels(labels: Sequence[str]) -> None:
+    """Raise ValueError unless there is a text, and the ``labels`` of all texts differ and can be names of files."""
+    refuse_same_labels("texts", labels)
     if not labels or any("/" in label for label in labels):
         raise ValueError(f"texts have the labels {list(labels)}: give one text or more, each with a label without /")
 

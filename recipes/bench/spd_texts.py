@@ -23,7 +23,7 @@ from longctx.shapes import Float, Tensor
 from longctx.spd.guards import FIRST_TOKENS, GuardFigures
 from longctx.spd.plan import SavedPlan, SPDPlan, within
 from longctx.spd.text import PackedText
-from recipes.bench.spd_quality import refuse_bad_names, refuse_same_labels, saved_plan_of
+from recipes.bench.spd_quality import refuse_bad_labels, saved_plan_of
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
@@ -102,8 +102,7 @@ def prepare(config: DictConfig) -> TextsJob:
         raise ValueError(f"recipes.bench spd_texts has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
     saved = saved_plan_of(f"adapted={settings.adapted}", settings.adapted, target, max(settings.shares))
     texts = sections(config, "texts", ReportedText, say)
-    refuse_same_labels("texts", [text.label for text in texts])
-    refuse_bad_names([text.label for text in texts])
+    refuse_bad_labels([text.label for text in texts])
     return TextsJob(settings, target, saved, {text.label: read_text(text, target, settings) for text in texts})
 
 

@@ -8,7 +8,6 @@ It runs no model: it joins the results of spd_quality, of spd_latency on each li
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import expm1
@@ -25,6 +24,7 @@ from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_tradeoff
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
+from recipes.common.spd_report import axes_of
 
 PERPLEXITY, ACCURACY = "perplexity added, %", "accuracy lost, points"
 
@@ -90,7 +90,7 @@ def prepare(config: DictConfig) -> TradeoffJob:
     saved, measured, rivals = {}, dict[str, tuple[str, int]](), dict[str, Mapping[str, Any]]()
     for file in settings.latency:
         values = read_json(file, "latency", ("rows", "model", "mesh"), "spd_latency")
-        measured[f"latency={file}"] = values["model"], tp_of(values["mesh"])
+        measured[f"latency={file}"] = values["model"], axes_of(values["mesh"]).get("tp", 1)
         rivals[f"latency={file}"] = values.get("rivals", {})
         link = link_of(values)
         if link in saved:
@@ -122,12 +122,6 @@ def read_json(file: str, setting: str, keys: Sequence[str], recipe: str) -> Any:
             f"{setting}={file} is not a result of {recipe}, or of an older version: it has no {missing[0]}"
         )
     return values
-
-
-def tp_of(mesh: str) -> int:
-    """Return the tensor-parallel degree of ``mesh`` in words, such as "tp=3 ring=2"; 1 if it is not named."""
-    named = re.search(r"tp=(\d+)", mesh)
-    return int(named[1]) if named else 1
 
 
 def refuse_other_model(measured: Mapping[str, tuple[str, int]]) -> None:
@@ -190,8 +184,8 @@ def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
             raise ValueError("the report is of an older version: run eval.run again, which reuses the stored answers")
         if baseline["dropped"] or baseline["reduce"] != "float32":
             raise ValueError("the report's baseline drops or rounds reductions: evaluate the model without them first")
-        axes = dict(re.findall(r"(\w+)=(\d+)", variant["mesh"]))
-        if variant is not baseline and (int(axes.get("tp", 1)) != tp or {*axes} - {"tp", "dp"}):
+        axes = axes_of(variant["mesh"])
+        if variant is not baseline and (axes.get("tp", 1) != tp or {*axes} - {"tp", "dp"}):
             say(f"left out, since the times are those of {tp} tensor-parallel ranks: {name} on {variant['mesh']}")
             continue
         difference = values["average"][name]["difference"] or 0.0

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TypeVar, TypeVarTuple
 
@@ -185,14 +186,20 @@ def refuse_unknown_sections(config_name: str, config: DictConfig, words: Sequenc
     """Raise ValueError for a section of ``config`` that an experiment or a word with + adds, and no recipe reads."""
     if not any(word.startswith(("+", "experiment=")) for word in words):
         return
-    known = OmegaConf.to_container(compose_config(config_name, []))
-    assert isinstance(known, dict)
-    values = OmegaConf.to_container(config)
+    known, values = _defaults_of(config_name), OmegaConf.to_container(config)
     assert isinstance(values, dict)
     for name, value in values.items():
         if name not in known and name not in _OF_TARGET and isinstance(value, dict):
             setting = ".".join([str(name), *map(str, [*value][:1])])
-            raise ValueError(unknown_setting(setting, names_of({str(key): one for key, one in known.items()})))
+            raise ValueError(unknown_setting(setting, names_of(known)))
+
+
+@cache
+def _defaults_of(config_name: str) -> dict[str, object]:
+    """Return the settings of the configuration ``config_name`` without overrides."""
+    known = OmegaConf.to_container(compose_config(config_name, []))
+    assert isinstance(known, dict)
+    return {str(key): value for key, value in known.items()}
 
 
 def _with_numbered_places(config: DictConfig, words: Sequence[str]) -> DictConfig:

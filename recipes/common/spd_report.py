@@ -23,6 +23,11 @@ class AllowedDrop:
 NO_DROP = AllowedDrop(0.0)
 
 
+def axes_of(mesh: str) -> dict[str, int]:
+    """Return the ranks of each axis that ``mesh`` names in words, such as "tp=3 ring=2"."""
+    return {axis: int(ranks) for axis, ranks in re.findall(r"(\w+)=(\d+)", mesh)}
+
+
 def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
     """Return the share that ``setting`` allows to drop: it is a share from 0 to 1, or a report.json of eval.run.
 
@@ -48,10 +53,10 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
         baseline = next(iter(report["variants"].values()))
         is_plain = not baseline["dropped"] and baseline.get("reduce", "float32") == "float32"
         decided = {
-            name: (float(one["dropped"]), int(named[1]))
+            name: (float(one["dropped"]), axes_of(one["mesh"])["tp"])
             for name, one in of_model.items()
             # A variant that drops reductions between context ranks (sharded decoding) says nothing about mesh.tp.
-            if report["average"][name]["verdict"] == "no worse" and (named := re.search(r"tp=(\d+)", one["mesh"]))
+            if report["average"][name]["verdict"] == "no worse" and "tp" in axes_of(one["mesh"])
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(
@@ -68,7 +73,9 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
             "baseline does neither"
         )
     if not decided:
-        on_tp = {name: report["average"][name]["verdict"] for name, one in of_model.items() if "tp=" in one["mesh"]}
+        on_tp = {
+            name: report["average"][name]["verdict"] for name, one in of_model.items() if "tp" in axes_of(one["mesh"])
+        }
         verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in on_tp.items()) or "none drops at mesh.tp above 1"
         return AllowedDrop(0.0, None, f"{setting}: no variant with dropped reductions is no worse ({verdicts})")
     name, (share, tp) = max(decided.items(), key=lambda item: item[1])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
 from longctx.perplexity import perplexity
 from recipes.common.cli import say
+from recipes.common.divergence import refuse_diverged_step
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
 from recipes.common.train_report import Measured, RunResult
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from longctx.train.track import Tracker
 
 Item = TypeVar("Item")
-_FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless training has diverged
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         last_step, loss, measured = start.step, None, Measured()
         for done in _saving_first(train_steps(state, runtime, timer, job, start, stop), checkpoints):
             tracker.log(done.figures, done.step)
-            refuse_diverged_step(done, checkpoints, job.out / "checkpoints", job.target.model.dtype)
+            refuse_diverged_step(done.step, done.figures, checkpoints, job.out / "checkpoints", job.target.model.dtype)
             measured = measured.after(done.figures["step_s"], done.memory, done.figures.get("offloaded_bytes"))
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
@@ -140,43 +138,6 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     if stop.agreed_on:
         return f"stopped after step {step}, as asked: the same command resumes"
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
-
-
-def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path, dtype: str) -> None:
-    """Raise FloatingPointError, on every rank, if a loss or the gradient norm of the step ``done`` is NaN or infinite.
-
-    The losses are those of training and of held-out text.  ``folder`` is that of ``checkpoints``; checkpoints that are
-    being written are completed first.  ``dtype`` is the model's.  Every rank calls this.
-    """
-    figures = {name: done.figures.get(name) for name in _FINITE}
-    wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
-    if not wrong:
-        return
-    checkpoints.poll(wait=True)
-    # The loss and the norm are those of the weights before the step; held-out text is evaluated after it.
-    from_weights = any(not math.isfinite(figures[name] or 0.0) for name in ("loss", "grad_norm"))
-    resume = _describe_resume(folder, done.step, from_weights)
-    wider = "; or begin again in another out= with model.dtype=float32" if dtype != "float32" else ""
-    raise FloatingPointError(
-        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({resume}): "
-        f"use a lower optim.lr, a longer optim.warmup, or a lower optim.clip above 0{wider}"
-    )
-
-
-def _describe_resume(folder: Path, step: int, from_weights: bool) -> str:
-    """Return in words from which checkpoint in ``folder`` a run can resume that diverged in ``step``.
-
-    ``from_weights`` says that the weights before the step had diverged already, and with them a checkpoint of theirs.
-    """
-    whole = [place for place in checkpoint_index.checkpoint_folders(folder) if not checkpoint_index.fault_of(place)]
-    last = step - 1 if from_weights else None
-    bad = [place for place in whole if checkpoint_index.read_metadata(place)["step"] == last]
-    good = [place for place in whole if place not in bad]
-    resumes = f"the last good checkpoint is {good[-1]}, from which the same out= resumes" if good else ""
-    if bad:
-        then = f": remove it; {resumes}" if good else " too: give another out="
-        return f"the weights in {bad[0]} have diverged{then}"
-    return resumes or "no checkpoint exists"
 
 
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:

@@ -173,6 +173,10 @@ def test_cut_document_continues_with_another_number_of_epochs(byte_tokenizer, tm
             is_cut = state["used"] > 0
             assert not is_cut or torch.equal(resumed.tokens, following.tokens), (epochs, state)
     assert any(state["used"] and state["documents"]["first"] == 1 for _, state in whole)
+    state = take(training_batches(replace(once, epochs=2), byte_tokenizer))[-2][1]
+    assert state["used"] and state["documents"]["sources"][1]["epoch"] == 1, "in the second epoch"
+    with pytest.raises(ValueError, match=r"inside a document of source 2, which data.epochs now leaves out"):
+        take(training_batches(once, byte_tokenizer), 1, state=state)
 
 
 def test_endless_text_without_a_target_is_refused(byte_tokenizer, tmp_path, monkeypatch):

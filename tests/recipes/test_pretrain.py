@@ -17,7 +17,7 @@ from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from recipes import pretrain
-from recipes.common import train_loop
+from recipes.common import divergence
 from recipes.common.overrides import CONFIGS
 from recipes.common.train_report import RunResult, show
 
@@ -285,7 +285,7 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     line = err.splitlines()[-1]
     assert "training has diverged" in line and "in step 2" in line and "use a lower optim.lr" in line
     assert "model.dtype=float32" not in line, "it is"
-    assert f"the weights in {tmp_path}/checkpoints/step-00000001 have diverged too: give another out=" in line
+    assert f"the weights in {tmp_path}/checkpoints/step-00000001 have diverged: give another out=" in line
     assert (lines(tmp_path)[-1]["step"], lines(tmp_path)[-1]["grad_norm"]) == (2, "nan")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -319,11 +319,11 @@ def test_checkpoint_before_the_diverged_weights_is_the_one_to_resume_from(tmp_pa
     monkeypatch.setattr(checkpoint_index, "read_metadata", lambda place: {"step": int(place.name[-1])})
     good, bad = tmp_path / "step-00000004", tmp_path / "step-00000006"
     resumes = f"the last good checkpoint is {good}, from which the same out= resumes"
-    assert train_loop._describe_resume(tmp_path, 7, True) == f"the weights in {bad} have diverged: remove it; {resumes}"
+    assert divergence._describe_resume(tmp_path, 7, True) == f"the weights in {bad} have diverged: remove it; {resumes}"
     held_out = resumes.replace(str(good), str(bad))
-    assert train_loop._describe_resume(tmp_path, 7, False) == held_out, "the step itself did it"
-    assert train_loop._describe_resume(tmp_path, 8, True) == resumes.replace(str(good), str(bad))
-    assert train_loop._describe_resume(tmp_path / "none", 8, True) == "no checkpoint exists"
+    assert divergence._describe_resume(tmp_path, 7, False) == held_out, "the step itself did it"
+    assert divergence._describe_resume(tmp_path, 8, True) == resumes.replace(str(good), str(bad))
+    assert divergence._describe_resume(tmp_path / "none", 8, True) == "no checkpoint exists"
 
 
 @pytest.mark.parametrize("words", [["context.decode=pass_q"], ["context.decode=sharded", "mesh.ring=2"]])
