@@ -19,12 +19,13 @@ from eval.refuse import (
     refuse_unknown_tokens,
 )
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
-from eval.settings import EvalConfig, EvalSettings
-from eval.variants import Variant, compose_variants, refuse_other_model, resolve_variant
+from eval.settings import ROLLING, EvalConfig, EvalSettings
+from eval.variants import Variant, compose_variants, refuse_other_model, refuse_other_template, resolve_variant
 from longctx.config import Sampling, Track
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.manifest import refuse_other_recipe
+from recipes.common.overrides import path_word
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
@@ -111,6 +112,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
         refuse_unknown_tokens(variant, requests)
     for variant, (_, one) in zip(variants[1:], configs[1:], strict=True):
         refuse_other_model(base, variant)
+        if evaluation.chat:
+            refuse_other_template(base, variant)
         refuse_too_short(variant, requests)
         refuse_other_order(base, variant, one)
     # 4. The orders of blocks to measure: only checked here.
@@ -155,7 +158,7 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
         folder = evaluation.folder
     except ValueError:
         return ()
-    return (f"eval.data={folder.resolve() if folder else 'hub'}",)
+    return (path_word("eval.data", str(folder.resolve())) if folder else "eval.data=hub",)
 
 
 def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dict[str, Task]:
@@ -191,9 +194,10 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
     if evaluation.num_fewshot and no_shots:
         say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval or longctx configures them")
     # 3. Their requests.
-    if (evaluation.gate or evaluation.until) and all(
-        task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()
-    ):
+    are_rolling = all(task.OUTPUT_TYPE == ROLLING for task in tasks.values())
+    if evaluation.chat and are_rolling:
+        raise ValueError(f"eval.chat changes nothing in {', '.join(tasks)}: use eval.chat=false")
+    if (evaluation.gate or evaluation.until) and are_rolling:
         name, off = ("gate", "[]") if evaluation.gate else ("until", "null")
         raise ValueError(
             f"eval.{name} judges accuracy, which none of eval.tasks has: add one, or use eval.{name}={off}"

@@ -21,6 +21,7 @@ from eval.answers.requests import Request, key
 from eval.answers.worker import EvalWork, run_rank
 from eval.harness.local import LOCAL
 from eval.job import EvalJob, pinned, prepare, with_measured_orders
+from eval.settings import ROLLING
 from eval.stats import page, publish
 from eval.stats.compare import SCREENED, Z
 from eval.stats.outcomes import Outcomes
@@ -175,6 +176,8 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
     settings, z = job.eval, Z_SEQUENTIAL if job.eval.until else Z
     rules = GateRules(settings.allowed_drop, settings.resamples, settings.seed, settings.gate, settings.strict, z)
     title = f"{scored[0].model} on {len(job.tasks)} task(s)" + ", in its chat template" * settings.chat
+    if settings.chat and (rolling := [name for name, task in job.tasks.items() if task.OUTPUT_TYPE == ROLLING]):
+        title += f" except {', '.join(rolling)}"
     origin = {"title": title, **provenance(), "commit": ", ".join(sorted({*commits, commit_of(ROOT)}))}
     report = publish.write(make_report(scored, rules, origin), job.out)
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)

@@ -115,7 +115,7 @@ def _read_or_measure(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     target = job.target
     if job.file.is_file():
         return order_from(job.file, target.shape.layers, target.mesh.tp, target.fingerprint)
-    say(f"measuring the order in which blocks are dropped, at mesh.tp={target.mesh.tp}")
+    say(f"measuring the order in which blocks are dropped, at mesh.tp={target.mesh.tp}, on CPUs")
     job.out.mkdir(parents=True, exist_ok=True)
     sensitivity = on_every_rank(target.mesh, spd_sensitivity.run_rank, job)
     if sensitivity is None:

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from eval.harness.local import LOCAL
 
+ROLLING = "loglikelihood_rolling"  # lm-eval's name for tasks that score whole texts, without a template
 _DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # next to the checkout
 
 

@@ -152,6 +152,17 @@ def resolve_variant(name: str, config: DictConfig) -> Variant:
     return Variant(name, target, repaired=target.plan is not None and saved_plan(target.folder) is not None)
 
 
+def refuse_other_template(baseline: Variant, variant: Variant) -> None:
+    """Raise ValueError unless ``variant`` has the baseline's chat template, in which all variants are asked."""
+    from longctx.hf.config import tokenizer_of
+
+    if tokenizer_of(variant.target.folder).chat_template != tokenizer_of(baseline.target.folder).chat_template:
+        raise ValueError(
+            f"variant {variant.name} has another chat template than the baseline, in whose template eval.chat asks "
+            "all variants: evaluate it by itself, or use eval.chat=false"
+        )
+
+
 def refuse_other_model(baseline: Variant, variant: Variant) -> None:
     """Raise ValueError unless ``variant`` has the baseline's shape and tokenizer.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from longctx.checksum import KEY, crc32_of_files, has_valid_checksum, with_checksum
 from longctx.restricted_pickle import METADATA, files_named_in
+from longctx.text_file import write_text
 
 RUN = "run.json"
 PARTIAL = ".partial"
@@ -92,7 +93,7 @@ def write_index(checkpoint: Path, metadata: Mapping[str, Any], checksums: Mappin
     """Write run.json: ``metadata``, sizes and ``checksums`` (CRC-32 by name) of the files, and its own checksum."""
     sizes = {name: (checkpoint / name).stat().st_size for name in checksums}
     index = with_checksum({**metadata, "files": sizes, _CHECKSUMS: dict(checksums)})
-    (checkpoint / RUN).write_text(json.dumps(index, indent=1))
+    write_text(checkpoint / RUN, json.dumps(index, indent=1))
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:

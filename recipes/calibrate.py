@@ -5,7 +5,6 @@ python -m recipes.calibrate out=laptop.yaml
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +18,11 @@ from longctx.cost.forward import layer_weights
 from longctx.cost.hardware import Hardware, LayerRates, Link
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
+from longctx.text_file import write_text
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
-from recipes.common.provenance import provenance
+from recipes.common.provenance import cores, provenance
 from recipes.common.settings import top_level
 from recipes.common.strategy_choice import kernel_on_ring, measure_ring
 from recipes.common.target import Target, resolve_target
@@ -63,6 +63,7 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
     import torch
 
     from longctx.megatron.attention import Pass, rotary_tables
+    from longctx.megatron.few_rows import linear
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model, hidden_states
@@ -80,7 +81,7 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
         return hidden_states(net, positions.remainder(shape.vocab_size).unsqueeze(0), one_pass)
 
     weights = sum(layer_weights(shape)) * shape.layers
-    all_layers = probe_layer(runtime.world, forward, weights, dtype, runtime.device)
+    all_layers = probe_layer(runtime.world, forward, weights, dtype, runtime.device, linear)
     return replace(all_layers, layer_s=all_layers.layer_s / shape.layers, reduce=measure_reduce(runtime))
 
 
@@ -169,7 +170,7 @@ def task(config: DictConfig) -> None:
         if threads:
             rank = current_rank()
             nodes = rank.world_size // rank.local_world_size if rank else 1
-            result = replace(result, ranks_at_once=max(1, nodes * (len(os.sched_getaffinity(0)) // threads)))
+            result = replace(result, ranks_at_once=max(1, nodes * (cores() // threads)))
         metadata = {
             **provenance(),
             "mesh": str(target.mesh),
@@ -177,7 +178,7 @@ def task(config: DictConfig) -> None:
             "model": target.model.name,
             "dtype": target.model.dtype,
         }
-        Path(settings.out).write_text(yaml.safe_dump({"measured": metadata, **asdict(result)}, sort_keys=False))
+        write_text(Path(settings.out), yaml.safe_dump({"measured": metadata, **asdict(result)}, sort_keys=False))
     console.print(f"written to {settings.out}")
 
 

@@ -178,12 +178,15 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
         for number, turn in enumerate(turns, 1):
             turn_figures.append(take_turn(session, turn, tokenizer_of(target.folder), shown=rank.rank == 0))
             # 3. Save after each, because any may be the last one.  Print only then: the reader of stdout may have gone.
-            if job.session.save and "error" not in turn_figures[-1]:
-                save(session, absolute(job.session.save), job.fingerprint)
-            if job.settings.out and rank.rank == 0:
-                write_json(job.settings.out, {**job.origin, "turns": turn_figures})
-            if rank.rank == 0:
-                show_turn(number, turn_figures[-1])
+            # Print also if it cannot be saved, for example on a full disk.
+            try:
+                if job.session.save and "error" not in turn_figures[-1]:
+                    save(session, absolute(job.session.save), job.fingerprint)
+                if job.settings.out and rank.rank == 0:
+                    write_json(job.settings.out, {**job.origin, "turns": turn_figures})
+            finally:
+                if rank.rank == 0:
+                    show_turn(number, turn_figures[-1])
     return turn_figures
 
 

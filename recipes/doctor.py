@@ -16,7 +16,7 @@ from rich.table import Table
 from recipes.common.cli import console, main, write_result
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
-from recipes.common.provenance import hardware, provenance
+from recipes.common.provenance import cores, hardware, provenance
 from recipes.common.settings import top_level
 
 RECIPE = "recipes.doctor"
@@ -100,7 +100,7 @@ def find_machine() -> LocalMachine:
     cuda, smi = torch.version.cuda, "nvidia-smi"
     return LocalMachine(
         processor=str(hardware()["processor"]),
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
@@ -129,8 +129,8 @@ def version_of(package: str) -> str | None:
 
 def _te_parts() -> list[str]:
     """Return the packages of a complete Transformer Engine; its core's name depends on the version of CUDA."""
-    cores = [f"transformer-engine-cu{major}" for major in (13, 12)]
-    return [*_TE_PARTS, next((core for core in cores if version_of(core)), cores[0])]
+    libraries = [f"transformer-engine-cu{major}" for major in (13, 12)]
+    return [*_TE_PARTS, next((name for name in libraries if version_of(name)), libraries[0])]
 
 
 def _run(*words: str) -> list[str]:

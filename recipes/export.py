@@ -3,6 +3,7 @@
 python -m recipes.export checkpoint=outputs/tiny to=outputs/tiny/hf
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def checkpoint_of(name: str) -> Path:
     ValueError if there is no such checkpoint, if the named one is corrupt, and for an adapted model, which transformers
     cannot run.
     """
-    folder = Path(name).expanduser().resolve()
+    folder = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100, removes x/.. and follows no links
     if (folder / PLAN).is_file():
         raise ValueError(
             f"checkpoint={name} is a model whose blocks drop reductions between tensor-parallel ranks: its output "
@@ -100,9 +101,18 @@ def prepare(config: DictConfig) -> tuple[Path, Path]:
 
 
 def refuse_unexportable(place: Path, to: Path) -> None:
-    """Raise ValueError if checkpoint ``place`` drops reductions, or if its weights do not fit on the disk of ``to``."""
+    """Raise ValueError if checkpoint ``place`` drops reductions, or if its weights do not fit on the disk of ``to``.
+
+    Also raises ValueError if the run's ``model`` folder is missing.
+    """
     import torch
 
+    if not (model_of(place) / "config.json").is_file():
+        raise ValueError(
+            f"checkpoint={place}: a checkpoint is exported together with the configuration and tokenizer of its run, "
+            f"in RUN/model, but {model_of(place)} has no config.json: copy both, to RUN/checkpoints/{place.name} and "
+            "RUN/model, then give checkpoint=RUN"
+        )
     config = checkpoint_index.read_metadata(place)["config"]
     if dropped := config.get("dropped"):
         raise ValueError(
@@ -120,7 +130,14 @@ def refuse_unexportable(place: Path, to: Path) -> None:
 
 def model_of(place: Path) -> Path:
     """Return the folder with the configuration and tokenizer of checkpoint ``place``."""
-    return place.parents[1] / "model"
+    return run_of(place) / "model"
+
+
+def run_of(place: Path) -> Path:
+    """Return the folder of the run of checkpoint ``place``, which may be a link into a run, or a link in a run."""
+    linked = place.resolve().parents[1]
+    runs = (place.parents[1], linked) if place.parent.name == "checkpoints" else (linked, place.parents[1])
+    return next((run for run in runs if (run / "model" / "config.json").is_file()), runs[0])
 
 
 def lora_of(metadata: Mapping[str, Any]) -> LoRA:
@@ -139,8 +156,7 @@ def task(config: DictConfig) -> None:
     with hold(lock_beside(to), f"to={to}"):
         run_ranks(1, run_rank, place, model_of(place), metadata["config"]["model"]["dtype"], lora_of(metadata), to)
     console.print(
-        f"step {metadata['step']} of {place.parents[1]} written to {to}: "
-        f"AutoModelForCausalLM.from_pretrained({str(to)!r})"
+        f"step {metadata['step']} of {run_of(place)} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"
     )
 
 

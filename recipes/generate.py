@@ -27,7 +27,7 @@ from recipes.common.hardware_file import read_machine, refuse_other_rates, refus
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
-from recipes.common.progress import Progress
+from recipes.common.progress import Progress, layers_to_run
 from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
@@ -50,7 +50,7 @@ class GenerateSettings:
     prompts: str | None = None
     max_new_tokens: PositiveInt = 64
     n: PositiveInt = 1
-    verify: bool = True
+    verify: bool | None = None
     hardware: str | None = None
     out: str | None = None
 
@@ -67,13 +67,15 @@ class GenerateJob:
 
     @property
     def verifies(self) -> bool:
-        """True if ``verify`` is set and there is a smaller run to compare logits with.
+        """True if ``verify`` is set, or is None on CPUs, and there is a smaller run to compare logits with.
 
         That run has one rank.  With dropped or rounded reductions it has one tensor-parallel group, since one rank
         alone computes another function.
         """
-        mesh = self.target.mesh
-        return self.settings.verify and (mesh.context > 1 if self.target.inexact else mesh.ranks > 1)
+        mesh, asked = self.target.mesh, self.settings.verify
+        # A model that needs several GPUs does not fit on one.
+        verify = self.target.run.device == "cpu" if asked is None else asked
+        return verify and (mesh.context > 1 if self.target.inexact else mesh.ranks > 1)
 
     @property
     def prompt_tokens(self) -> int:
@@ -150,7 +152,8 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         progress.start("loading", None)
         engine = target.load_engine(runtime)
         # 2. Prefill all prompts in one pass, then decode them together.
-        progress.start(f"prefill of {job.prompt_tokens:,} tokens, layers", target.shape.layers)
+        layers = layers_to_run(target.shape.layers, job.prompt_tokens, target.context.chunk)
+        progress.start(f"prefill of {job.prompt_tokens:,} tokens, layers", layers)
         chooser = make_decode_chooser(runtime, target, engine)
         session = Session(engine, target.context, job.sampling, choose_decode=chooser)
         max_new_tokens = {i: prompt.max_new_tokens for i, prompt in enumerate(job.prompts)}
@@ -202,7 +205,8 @@ def _verify(
 
     target = job.target
     ranks = "tensor-parallel group" if target.inexact and target.mesh.tp > 1 else "rank"
-    progress.start(f"the same on one {ranks}, layers", target.shape.layers)
+    layers = layers_to_run(target.shape.layers, job.prompt_tokens, target.context.chunk)
+    progress.start(f"the same on one {ranks}, layers", layers)
     compares = engine.rank == 0 if target.inexact else rank.rank == 0
     prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
     threads = torch.get_num_threads()
@@ -259,6 +263,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
     rate, prefill = figures.tokens_per_s, figures.prefill_tokens_per_s
     dropped = target.plan.dropped if target.plan else ()
     new_tokens = sum(map(len, figures.token_ids))
+    other = " to other context ranks" if target.mesh.tp > 1 else ""  # tensor-parallel reductions are not counted
     ttft, ttit = (beside(getattr(figures, name), figures.predicted, name) for name in ("ttft_s", "ttit_s"))
     return [
         ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
@@ -269,10 +274,10 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         *([("reductions rounded", str(target.reduce))] if target.reduce else []),
         ("time to first token", f"{figures.ttft_s:.2f} s ({prefill:,.0f} tokens/s){ttft}"),
-        ("decode", f"{rate:.1f} tokens/s{ttit}" if rate else "one token at most"),
+        ("decode", f"{rate:,.{1 if rate >= 1 else 3}f} tokens/s{ttit}" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(figures.kv_cache_bytes_per_rank)),
-        ("sent per rank, prefill", in_megabytes(figures.prefill_bytes_sent_per_rank)),
-        ("sent per rank, decode", in_megabytes(figures.decode_bytes_sent_per_rank)),
+        (f"sent per rank{other}, prefill", in_megabytes(figures.prefill_bytes_sent_per_rank)),
+        (f"sent per rank{other}, decode", in_megabytes(figures.decode_bytes_sent_per_rank)),
         ("largest logit difference", _difference_in_words(job, figures.max_logit_diff)),
     ]
 
@@ -286,7 +291,7 @@ def _difference_in_words(job: GenerateJob, difference: float | None) -> str:
         return "nothing to compare with: the mesh is one rank"
     if inexact and mesh.ranks == mesh.tp:
         return "nothing to compare with: the mesh is one tensor-parallel group"
-    return "not compared (verify=false)"
+    return "not compared; verify=true compares with one rank, which then needs the memory of all"
 
 
 def _count(prompts: int, singular: str) -> str:

@@ -25,6 +25,7 @@ from rich.table import Table
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of
 from longctx.hf.locate import locate
+from longctx.text_file import write_text
 from recipes.common.cli import console, main, say
 from recipes.common.hardware_file import is_measured_on_cpus, read_machine, refuse_other_rates
 from recipes.common.places import refuse_unwritable
@@ -171,7 +172,7 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)
     if question.allowed_drop.why:
         console.print(question.allowed_drop.why)
-    limit = f" of {question.memory_gb:,.0f}" if question.memory_gb else ""
+    limit = f" of {question.memory_gb:,.{0 if question.memory_gb >= 10 else 2}f}" if question.memory_gb else ""
     console.print(f"memory of the best, GB{limit}: {parts}")
     if question.numbers(best.mesh).ffn < question.dtype_bytes:
         console.print(
@@ -203,6 +204,13 @@ def table_by_length(question: Question, lengths: Sequence[int]) -> Table:
             )
         table.add_row(f"{length:,}", *cells)
     return table
+
+
+def in_settings(job: PlanJob) -> str:
+    """Return the settings of a recipe, other than a plan's own, for which ``job`` plans."""
+    work = job.question.work
+    data = f" data.length={work.context} data.batch={work.batch}" if work.kind == "train" else ""
+    return f"model.dtype={job.model.dtype}{data}"
 
 
 def print_csv(plans: Sequence[Plan]) -> None:
@@ -247,13 +255,15 @@ def task(config: DictConfig) -> None:
     if settings.out:
         write_plans(settings.out, feasible)
     if settings.settings:
-        Path(settings.settings).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.settings).write_text(yaml.safe_dump(feasible[0].settings(), sort_keys=False))
+        write_text(Path(settings.settings), yaml.safe_dump(feasible[0].settings(), sort_keys=False))
         console.print(f"written to {settings.settings}: a recipe takes it as plan={settings.settings}")
+        console.print(
+            f"it was planned for {in_settings(job)}, which the file leaves out: add them to the recipe's words"
+        )
         if share := feasible[0].question.numbers(feasible[0].mesh).spd_share:
             console.print(
-                f"{share:.0%} of the blocks drop a reduction in this plan, but not in the file: add spd=ranked "
-                f"spd.budget={share:g} spd.sensitivity=FILE, or an adapted model with spd=saved spd.budget={share:g}"
+                f"{share:.0%} of the blocks drop a reduction in this plan, but not in the file: add "
+                f"{replace(job.question.allowed_drop, share=share).settings}"
             )
     if settings.picture:
         draw(job, feasible)
@@ -264,8 +274,7 @@ def task(config: DictConfig) -> None:
 
 def write_plans(out: str, plans: Sequence[Plan]) -> None:
     """Write ``plans`` to ``out`` as a JSON list, one plan per line."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("[\n" + ",\n".join(json.dumps(plan.as_dict()) for plan in plans) + "\n]\n")
+    write_text(Path(out), "[\n" + ",\n".join(json.dumps(plan.as_dict()) for plan in plans) + "\n]\n")
     console.print(f"written to {out}")
 
 

@@ -4,7 +4,8 @@
 
 The command is started only if it is one of longctx.  A Slurm job's run has a frozen copy of its source in DIR/code,
 and that copy runs: reproduce such a run only if you trust its folder.
-The new run, and the session that a conversation saves, are written to DIR-again.  The exit code is 1 if the final
+The new run, and the session that a conversation saves, are written to DIR-again.  A run that is given by its file
+x.json writes x-again.json in the same folder, and its session to x-again-session.  The exit code is 1 if the final
 figures differ.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from longctx.parallel.launch import RankFailed
 from recipes.common.cli import GATE_FAILED, console, exit_on_error
-from recipes.common.manifest import Manifest, folder_of, manifest_of
+from recipes.common.manifest import Manifest, folder_of, manifest_file, manifest_of
 from recipes.common.overrides import path_word, typed_word
 from recipes.common.places import is_file_name
 from recipes.common.provenance import ROOT
@@ -31,16 +32,22 @@ _DECODED = re.compile(r"decode_choices\.\d+$|turns\.\d+\.decode_strategy$")
 def run_again(run: str) -> str:
     """Run ``run``, a run's folder or ``out``, again, and return the ``out`` of the new run.
 
-    The new run is written to DIR-again, next to the run's folder DIR.  A failed gate (exit code 3) is no failure.
+    The new run is written to DIR-again, next to the run's folder DIR, or to x-again.json, next to the ``out`` x.json.
+    A failed gate (exit code 3) is no failure.
     Raises ValueError if ``run`` cannot be repeated, and `RankFailed` if the new run fails.
     """
     manifest = manifest_of(run)
     refuse_foreign_command(run, manifest)
     folder = folder_of(Path(run).expanduser()).resolve()
-    beside = _unused_folder(folder)
-    out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
+    if is_file_name(run):
+        out = _unused(folder / Path(run).name)
+        session = out.with_name(f"{out.stem}-session")
+    else:
+        beside = _unused(folder)
+        out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
+        session = beside / "session"
     words = [typed_word(word) for word in manifest["overrides"] if not word.startswith("out=")]
-    words += [path_word("out", str(out)), *_session_beside(run, manifest, beside), *_decoded(run, manifest)]
+    words += [path_word("out", str(out)), *_session_beside(run, manifest, session), *_decoded(run, manifest)]
     # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
     command = [sys.executable, "-m", manifest["module"], *words]
@@ -48,7 +55,7 @@ def run_again(run: str) -> str:
     cwd = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
     code = subprocess.run(command, env=environment, cwd=cwd, check=False).returncode
     if code not in (0, GATE_FAILED):
-        raise RankFailed(0, 1, f"ended with {code}, in {beside}", "")
+        raise RankFailed(0, 1, f"ended with {code}, in {out}", "")
     return str(out)
 
 
@@ -66,8 +73,8 @@ def refuse_foreign_command(run: str, manifest: Manifest) -> None:
         )
 
 
-def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:
-    """Return the setting that saves a conversation's session in ``beside``, if the run saved one.
+def _session_beside(run: str, manifest: Manifest, new: Path) -> list[str]:
+    """Return the setting that saves a conversation's session to the folder ``new``, if the run saved one.
 
     Raises ValueError if the run overwrote the session that it resumed.
     """
@@ -82,7 +89,7 @@ def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:
             f"{run} saved its session over the one that it resumed, session.load={session['load']}, which "
             "is lost: give runs that are to be reproduced another session.save"
         )
-    return [path_word("session.save", str(beside / "session"))]
+    return [path_word("session.save", str(new))]
 
 
 def _decoded(run: str, manifest: Manifest) -> list[str]:
@@ -100,12 +107,15 @@ def _decoded(run: str, manifest: Manifest) -> list[str]:
     return [f"context.decode={decode}"] if decode else []
 
 
-def _unused_folder(folder: Path) -> Path:
-    number, name = 1, f"{folder.name}-again"
-    while (folder.parent / name).exists():
+def _unused(out: Path) -> Path:
+    """Return a path beside the run's folder or file ``out`` at which there is no run."""
+    suffix = out.suffix if is_file_name(out.name) else ""
+    name, number = f"{out.name.removesuffix(suffix)}-again", 1
+    new = out.with_name(f"{name}{suffix}")
+    while new.exists() or manifest_file(new).exists():
         number += 1
-        name = f"{folder.name}-again-{number}"
-    return folder.parent / name
+        new = out.with_name(f"{name}-{number}{suffix}")
+    return new
 
 
 def reproduce(runs: Sequence[str]) -> None:

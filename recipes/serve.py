@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from longctx.config import Sampling
+from longctx.config import SPD, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
+from longctx.spd.plan import saved_plan
 from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_ranks
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.hardware_file import refuse_other_threads
@@ -136,7 +137,9 @@ class ServeJob:
 def prepare(config: DictConfig) -> ServeJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     refuse_missing_packages()
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
+    target = resolve_target(
+        config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True, spd="ignore"
+    )
     settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
     cache, key = section(config, "cache", PrefixSettings), read_key(settings.api_key_file)
     refuse_open_host(settings.host, key)
@@ -149,7 +152,8 @@ def prepare(config: DictConfig) -> ServeJob:
             f"sampling.seed={sampling.seed}: a request without a seed gets a random one; leave it out, and set seed in "
             "the requests"
         )
-    if target.plan:
+    spd = section(config, "spd", SPD)
+    if spd.drop != "none" and (saved_plan(target.folder) or spd != SPD()):
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
     if target.reduce:
         raise ValueError("recipes.serve has not been tested with rounded reductions: leave out reduce")

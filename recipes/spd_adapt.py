@@ -17,7 +17,6 @@ was written.  Source: arXiv 2502.20727.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -34,6 +33,7 @@ from longctx.spd.plan import SavedPlan, SPDPlan, least_budget, order_from, withi
 from recipes import spd_sensitivity
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, warm_up_ranks
 from recipes.common.manifest import record
+from recipes.common.places import read_json
 from recipes.common.settings import as_dict, section
 from recipes.common.spd_guards import judge_guards, measure_guards
 from recipes.common.spd_loop import ERRORS, Adaptation, JointResult, RepairJob, start_block_run
@@ -224,11 +224,10 @@ def digest(sensitivities: Sensitivities) -> str:
 def refuse_other_run(job: AdaptJob) -> None:
     """Raise ValueError if ``out`` has blocks, or a state of joint distillation, that were made with other settings."""
     if has_blocks(job) and job.about_file.is_file():
-        before = json.loads(job.about_file.read_text())
+        folder = job.about_file.parent
+        before = read_json(job.about_file, f"use another out=, or remove {folder}; the same command repairs again")
         if changed := changed_keys(before, job.about):
-            raise ValueError(
-                f"{job.about_file.parent} has blocks made with other values of {', '.join(changed)}: use another out="
-            )
+            raise ValueError(f"{folder} has blocks made with other values of {', '.join(changed)}: use another out=")
     place, _ = checkpoint_index.latest_whole(job.joint_folder)
     if place and job.joint.steps:
         # The state's metadata also has the order of blocks, losses and file sizes, which may differ.  A state of an

@@ -24,6 +24,7 @@ from longctx.parallel.launch import Rank
 from longctx.spd.plan import rank_blocks
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
+from longctx.text_file import name_in_errors
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.plots import draw_bars
@@ -204,7 +205,7 @@ def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
         for chunk_sums in gathered[:: runtime.mesh.tp][: job.chunks - first]:
             sums.append(chunk_sums.tolist())
             if run.is_first:
-                with file.open("a") as lines:
+                with name_in_errors(file), file.open("a") as lines:
                     lines.write(json.dumps(sums[-1]) + "\n")
             run.progress.step()
         if run.agree_to_stop():

@@ -30,10 +30,17 @@ def refuse_no_slurm() -> None:
 
 
 def refuse_unfit_cluster(plan: JobPlan) -> None:
-    """Raise ValueError unless the cluster has the partition, with enough nodes, cores and GPUs for ``plan``."""
-    partition = _partition_of(plan.launcher.partition)
+    """Raise ValueError unless one of the job's partitions has enough nodes, cores and GPUs for ``plan``."""
+    names = (plan.launcher.partition or "").split(",")
+    reasons = [_misfit(_partition_of(name.strip() or None), plan) for name in names]
+    if all(reasons):
+        raise ValueError(reasons[0])
+
+
+def _misfit(partition: Partition, plan: JobPlan) -> str:
+    """Return why ``partition`` is too small for ``plan``, with what to change; empty if it is not."""
     if plan.settings.nodes > partition.nodes:
-        raise ValueError(
+        return (
             f"partition {partition.name} is too small for nodes={plan.settings.nodes}: it has {partition.nodes} nodes, "
             "use fewer"
         )
@@ -46,10 +53,11 @@ def refuse_unfit_cluster(plan: JobPlan) -> None:
             other = f"another launcher.partition, or fewer launcher.{setting}"
             fewer = " and fewer ranks_per_node" if plan.settings.ranks_per_node else ""
             more = f"more nodes{fewer}, or a smaller mesh.tp, whose ranks share a node"
-            raise ValueError(
+            return (
                 f"partition {partition.name} is too small for {ranks} ranks of a node with {each} {what} each: its "
                 f"nodes have {available} {what}, use {other if each > available else more}"
             )
+    return ""
 
 
 def _partition_of(name: str | None) -> Partition:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from longctx.text_file import write_text
 from recipes.common.provenance import ROOT, commit_of, diff_of, is_checkout
 from slurm.plan import JobPlan
 from slurm.render import script_of
@@ -23,11 +24,11 @@ def freeze_job(plan: JobPlan, work: Path) -> Path:
     _copy_source(plan.folder / "code")
     for task in plan.tasks:
         task.folder.mkdir(exist_ok=True)
-        OmegaConf.save(task.config, task.folder / "config.yaml", resolve=True)
+        write_text(task.folder / "config.yaml", OmegaConf.to_yaml(task.config, resolve=True))
         for name in ("failures", "failure.txt"):  # left by an earlier job in the same folder
             (task.folder / name).unlink(missing_ok=True)
     script = plan.folder / "job.sbatch"
-    script.write_text(script_of(plan, work, commit_of(ROOT)))
+    write_text(script, script_of(plan, work, commit_of(ROOT)))
     return script
 
 
@@ -35,11 +36,11 @@ def _copy_source(code: Path) -> None:
     """Replace ``code`` with the source as it is now, its commit, and its difference from that commit."""
     shutil.rmtree(code, ignore_errors=True)
     code.mkdir(exist_ok=True)
-    (code / "COMMIT").write_text(commit_of(ROOT) + "\n")  # first: it says that a job wrote this folder
+    write_text(code / "COMMIT", commit_of(ROOT) + "\n")  # first: it says that a job wrote this folder
     for file in _source_files():
         (code / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, code / file, follow_symlinks=False)
-    (code / "dirty.diff").write_text(diff_of(ROOT))
+    write_text(code / "dirty.diff", diff_of(ROOT))
 
 
 def _source_files() -> list[str]:

@@ -14,7 +14,10 @@ from recipes.common.overrides import CONFIGS, as_overrides, choices, quote
 from recipes.common.settings import section, top_level
 
 NOT_QUEUED = 0  # stands for the number of a pipeline's previous job before that job is queued
-_FREE_TEXT = ("folder", "pipeline", "name", "time", "launcher.container")
+_FREE_TEXT = (
+    *("folder", "pipeline", "name", "time"),
+    *("launcher.container", "launcher.partition", "launcher.account", "launcher.qos"),
+)
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 
 
@@ -22,6 +25,7 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 class Launcher:
     """Settings of configs/launcher: sbatch and srun options of one cluster.
 
+    ``partition`` is a name, or several with commas, of which Slurm takes the first that is free.
     ``how=local`` runs the job script on this machine without Slurm.  ``memory`` is per node, in Slurm's notation.
     ``gpus_per_rank=None`` means one with ``run.device=cuda`` and none otherwise.  ``setup`` are shell lines that run
     before the ranks start; ``container`` are words in front of ``python``.
@@ -157,7 +161,8 @@ def refuse_line_breaks(name: str, text: str) -> None:
 def _quote_free_text(word: str) -> str:
     """Return ``word``, with its value in quotes if it may hold commas or parentheses, which Hydra would interpret."""
     key, _, value = word.partition("=")
-    return f"{key}={quote(value)}" if key in _FREE_TEXT and value not in ("", "null") else word
+    is_quoted = key.startswith("launcher.") and re.fullmatch(r"""(['"]).*\1""", value)  # in Hydra's quotes already
+    return f"{key}={quote(value)}" if key in _FREE_TEXT and value not in ("", "null") and not is_quoted else word
 
 
 def absolute(path: str) -> Path:

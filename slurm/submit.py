@@ -20,8 +20,10 @@ from pathlib import Path
 
 import yaml
 
+from longctx.text_file import write_text
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
+from recipes.common.lock import hold
 from recipes.common.places import is_file_name, nearest_existing
 from recipes.common.provenance import ROOT, commit_of
 from recipes.common.startup import loaded, print_page
@@ -31,6 +33,7 @@ from slurm.plan import JobPlan, plan_job
 from slurm.render import script_of
 from slurm.settings import NOT_QUEUED, Launcher, SubmitSettings, read_settings, split_words
 
+LOCK = ".submit.lock"  # in the job's folder, held while it is written, and by a job with launcher=local until its end
 JOB = "job.id"  # file in the job's folder with the number of its last job
 
 
@@ -136,8 +139,15 @@ def _refuse_unready(plan: JobPlan) -> None:
         cluster.refuse_no_slurm()
         cluster.refuse_unfit_cluster(plan)
     file = plan.folder / JOB
-    if file.is_file() and shutil.which("squeue") and cluster.is_active(int(file.read_text())):
-        job = file.read_text().strip()
+    if not file.is_file() or not shutil.which("squeue"):
+        return
+    job = file.read_text().strip()
+    if not job.isdecimal():
+        raise ValueError(
+            f"{file} is damaged, and names no job ({job!r}): check in squeue that none of your jobs uses this folder, "
+            "then remove the file"
+        )
+    if cluster.is_active(int(job)):
         raise ValueError(
             f"folder={plan.folder} belongs to job {job}, which waits or runs: scancel {job}, or use another folder"
         )
@@ -161,12 +171,13 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
         plan = replace(checked, settings=replace(checked.settings, after=(*known, *jobs[-1:])))
         # 2. Write the folder, and run or queue the job.
         if plan.launcher.how == "local":
-            _run_locally(plan, freeze_job(plan, Path.cwd()))
+            with hold(plan.folder / LOCK, f"folder={plan.folder}") as lock:
+                _run_locally(plan, freeze_job(plan, Path.cwd()), lock)
             continue
         if not plan.folder.exists():
             made[plan.folder] = existed[plan.folder]
         jobs.append(_queue(plan, jobs, made))
-        (plan.folder / JOB).write_text(f"{jobs[-1]}\n")
+        write_text(plan.folder / JOB, f"{jobs[-1]}\n")
         # 3. Print where it is.
         print(f"job {jobs[-1]}\nrun {plan.folder}", flush=True)
         first = plan.tasks[0].folder
@@ -185,9 +196,10 @@ def _queue(plan: JobPlan, earlier: Sequence[int], made: Mapping[Path, Path]) -> 
     try:
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder, "job.sbatch")
-            script.write_text(script_of(plan, Path.cwd(), commit_of(ROOT)))
+            write_text(script, script_of(plan, Path.cwd(), commit_of(ROOT)))
             cluster.refuse_rejected_script(script)
-        return cluster.queue(freeze_job(plan, Path.cwd()))
+        with hold(plan.folder / LOCK, f"folder={plan.folder}"):
+            return cluster.queue(freeze_job(plan, Path.cwd()))
     except (ValueError, OSError) as rejected:
         left = _cancel(earlier)
         for job_folder, existed in made.items():
@@ -215,14 +227,18 @@ def _cancel(jobs: Sequence[int]) -> str:
     return ""
 
 
-def _run_locally(plan: JobPlan, script: Path) -> None:
-    """Run the tasks one after the other; exit with the code of the first that fails."""
+def _run_locally(plan: JobPlan, script: Path, lock: int | None) -> None:
+    """Run the tasks one after the other; exit with the code of the first that fails.
+
+    The script inherits the descriptor ``lock``: the folder stays locked if this process is killed and the script not.
+    """
     print(f"run {plan.folder}", flush=True)
     for number in range(len(plan.tasks)):
         # Without the variables of an allocation that this runs in: the run is no task of that job.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         environment["SLURM_ARRAY_TASK_ID"] = str(number)
-        code = subprocess.run(["bash", str(script)], env=environment, check=False).returncode
+        inherited = () if lock is None else (lock,)
+        code = subprocess.run(["bash", str(script)], env=environment, check=False, pass_fds=inherited).returncode
         if code:
             sys.exit(code)
 

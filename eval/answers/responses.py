@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from eval.answers.requests import Answer
 from longctx.checksum import KEY, has_valid_checksum, with_checksum
+from longctx.text_file import name_in_errors
 
 
 class Entry(TypedDict, total=False):
@@ -93,19 +94,21 @@ def append(
     lines = b"\n" + b"".join(_format_line(entry) for entry in [*entries, cost])
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        while lines:
-            lines = lines[os.write(file, lines) :]
-    finally:
-        os.close(file)
+    with name_in_errors(path):
+        try:
+            while lines:
+                lines = lines[os.write(file, lines) :]
+        finally:
+            os.close(file)
 
 
 def remove_corrupt_lines(path: Path) -> None:
     """Rewrite ``path`` without corrupt lines; the file is replaced at once, so that a kill leaves it unchanged."""
     partial = path.with_suffix(".partial")
     lines = [line for line in path.read_bytes().split(b"\n") if line and _parse_line(line) is not None]
-    partial.write_bytes(b"".join(line + b"\n" for line in lines))
-    partial.replace(path)
+    with name_in_errors(path):
+        partial.write_bytes(b"".join(line + b"\n" for line in lines))
+        partial.replace(path)
 
 
 def _format_line(entry: Entry) -> bytes:

@@ -65,8 +65,7 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
                 seconds = time.perf_counter() - begin if tokens else 0.0
                 responses.append(work.file, answers, tokens, seconds, commit, work.speed)
                 begin = time.perf_counter()
-            for _ in answers:
-                progress.step()
+            progress.step(count=len(answers))
             # This exchange also makes all ranks wait until the answers are on disk: launched ranks read them next.
             if stop.agreed_on_all_ranks(runtime.world, runtime.device):
                 break

@@ -97,8 +97,12 @@ def _seeded(*numbers: int) -> Iterator[None]:
         np.random.set_state(numpy_before)
 
 
-def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int) -> list[RulerExample]:
+def make_ruler_examples(
+    name: str, source: RulerSource, examples: int, seed: int, *, first: int = 0, step: int = 1
+) -> list[RulerExample]:
     """Return the examples of task ``name``; prompt and answer have at most ``source.length`` tokens.
+
+    Tasks with a file of questions ask question ``first`` and every ``step``-th one after it.
 
     Each example is filled up to about that length.  It may be shorter where filler is limited: lm-eval has only 8,000
     words for ``ruler_cwe``.
@@ -107,10 +111,15 @@ def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int
     """
     task, length = SIZED[name], source.length
     filler = task.filler(source)
+    if filler.examples and first + step * (examples - 1) >= filler.examples:
+        share = f" for {step} lengths" if step > 1 else ""
+        raise ValueError(
+            f"{name} has {filler.examples} questions{share}: use eval.limit={filler.examples // step} or fewer"
+        )
 
     def make(size: int, number: int) -> RulerExample | None:
         with _seeded(seed, length, number, zlib.crc32(name.encode())):
-            example = filler.make(size, number)
+            example = filler.make(size, first + step * number)
         prompt = f"{example['input']}{task.delimiter}{example['gen_prefix']}"
         fits = len(source.tokenizer(prompt)["input_ids"]) + task.answer_tokens <= length
         return example if fits else None
@@ -163,13 +172,15 @@ def make_ruler_tasks(
 ) -> dict[str, Task]:
     """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each.
 
-    ``lengths`` take the place of ``source.length``.  Raises ValueError as `make_ruler_examples` does.
+    ``lengths`` take the place of ``source.length``.  Each length has questions of its own: an interval takes examples
+    for independent.  Raises ValueError as `make_ruler_examples` does.
     """
     from eval.harness.tasks import make_task
 
     tasks = {}
     for name, count in examples.items():
         task = SIZED[name]
+        questions = task.filler(source).examples
         config = {
             "output_type": "generate_until",
             "doc_to_text": "{{input}}",
@@ -180,10 +191,11 @@ def make_ruler_tasks(
             "process_results": score_answer,
             "metric_list": [{"metric": "recall", "aggregation": "mean", "higher_is_better": True}],
             "num_fewshot": 0,
-            "metadata": {"available": task.filler(source).examples},
+            "metadata": {"available": questions // len(lengths) if questions else None},
         }
-        for length in lengths:
-            rows = make_ruler_examples(name, replace(source, length=length), count, seed)
+        for first, length in enumerate(lengths):
+            sized = replace(source, length=length)
+            rows = make_ruler_examples(name, sized, count, seed, first=first, step=len(lengths))
             tasks[f"{name}_{length}"] = make_task(f"{name}_{length}", config, rows)
     return tasks
 

@@ -70,7 +70,9 @@ def compare(
     # 1. The interval of the difference, and the verdict.
     differences = [other - base for base, other in paired]
     changes = count_changes(differences)
-    low, high = map(float, score_interval(changes, z))
+    difference = float(np.mean([one.mean() for one in differences]))
+    ends = map(float, score_interval(changes, z))
+    low, high = (pick(end, difference) for pick, end in zip((min, max), ends, strict=True))  # rounding may exceed it
     verdict = decide(low, high, allowed_drop)
     # 2. The test that losing and winning are equally likely.
     pooled = np.concatenate(differences)
@@ -84,7 +86,7 @@ def compare(
         n=len(pooled),
         baseline=float(np.mean([base.mean() for base, _ in paired])),
         accuracy=float(np.mean([other.mean() for _, other in paired])),
-        difference=float(np.mean([one.mean() for one in differences])),
+        difference=difference,
         low=low,
         high=high,
         lost=lost,

@@ -7,7 +7,8 @@ from pathlib import Path
 from eval.stats.depths import PARTS
 from eval.stats.lengths import EFFECTIVE
 from eval.stats.page import markdown
-from eval.stats.report import AVERAGE, Report
+from eval.stats.report import AVERAGE, Report, ScoredVariant
+from longctx.text_file import write_text
 from longctx.train.track import Tracker
 from recipes.common.plots import draw_cells, draw_lines, draw_shares
 
@@ -23,20 +24,21 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
     variants = [variant for name, variant in report.variants.items() if name in report.average]
     if len({variant.dropped for variant in variants}) < 2:
         return ()
+    base, drops = variants[0], [variant for variant in variants if variant.dropped]
     accuracy: dict[str, list[tuple[float, float, float, float]]] = {}
     latency: dict[str, list[tuple[float, float]]] = {}
     for variant in variants:
-        kinds = ["repaired" if variant.repaired else "not repaired"]
-        if not variant.dropped:  # the first point of both lines
-            kinds = ["not repaired", "repaired"]
+        # A variant without drops is the first point of all lines with its reductions and its mesh.
+        alike = [one for one in drops if (one.reduce, one.mesh) == (variant.reduce, variant.mesh)]
+        kinds = {_line_of(one, base) for one in ([variant] if variant.dropped else alike)}
         value, figures = report.average_accuracy(variant.name), report.average[variant.name]
         same = value - (figures["difference"] or 0.0)  # an accuracy without any loss
         point = variant.dropped, value, same + (figures["low"] or 0.0), same + (figures["high"] or 0.0)
-        for kind in kinds:
+        for kind in sorted(kinds):
             accuracy.setdefault(kind, []).append(point)
-        if variant.tokens_per_s and not variant.repaired:
+        is_plain = (variant.repaired, variant.reduce, variant.mesh) == (False, base.reduce, base.mesh)
+        if variant.tokens_per_s and is_plain:
             latency.setdefault("time", []).append((variant.dropped, 1000 / variant.tokens_per_s))
-    accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
     latency = {kind: points for kind, points in latency.items() if len(points) > 1}
     allowed = report.average_accuracy(next(iter(report.average))) - report.allowed_drop
     files = (f"{_PICTURE}.svg", f"{_PICTURE}.png")
@@ -51,6 +53,12 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
             level=("allowed loss", allowed),
         )
     return files[:1]
+
+
+def _line_of(variant: ScoredVariant, base: ScoredVariant) -> str:
+    """Return the name of the line of ``variant``: repaired or not, and how its reductions and mesh differ."""
+    differing = [getattr(variant, name) for name in ("reduce", "mesh") if getattr(variant, name) != getattr(base, name)]
+    return ", ".join(["repaired" if variant.repaired else "not repaired", *differing])
 
 
 def draw_lengths(report: Report, out: Path) -> tuple[str, ...]:
@@ -98,8 +106,8 @@ def draw_depths(report: Report, out: Path) -> tuple[str, ...]:
 def write(report: Report, out: Path) -> Report:
     """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
     report = replace(report, pictures=(*draw(report, out), *draw_lengths(report, out), *draw_depths(report, out)))
-    (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-    (out / "report.md").write_text(markdown(report))
+    write_text(out / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
+    write_text(out / "report.md", markdown(report))
     return report
 
 

@@ -14,11 +14,13 @@ gradients and an all-gather of the new weights instead.  A pipeline of S stages 
 micro-batches.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from longctx.cost.attention import (
     COSTS,
+    Work,
     backward_cost,
     block_seconds,
     start_seconds,
@@ -45,6 +47,9 @@ class StepWork:
     ``offload``, what a layer keeps for its backward is not in memory.  ``operations`` determine which activations stay
     in memory: those of Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU
     ("cpu").
+
+    ``documents`` has the lengths of the documents of each of some sequences, whose mean counts: tokens attend within
+    their document.  Without it, a sequence is one document.
     """
 
     length: int
@@ -56,6 +61,7 @@ class StepWork:
     mlp_rows: int | None = None
     offload: bool = False
     operations: Literal["fused", "cuda", "cpu"] = "fused"
+    documents: tuple[tuple[int, ...], ...] = ()
 
 
 def step_cost(
@@ -118,8 +124,7 @@ def _attention(
     link = machine.level(mesh.ulysses, mesh.tp).exchange
     seconds = {"attention": 0.0, "ring": 0.0, "ulysses": 0.0}
     sent = {"ring": 0.0, "ulysses": 0.0}
-    new, cached = [work.length] * work.sequences, [0] * work.sequences
-    for one, all_layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
+    for one, all_layers in _ring_works(shape, mesh, machine, work, numbers):
         layers = all_layers / mesh.pp
         start, again = start_seconds(one, hardware), machine.backward
         blocks = mesh.ring * ((1 + again) * block_seconds(one, hardware) + (1 - again) * start)
@@ -132,6 +137,17 @@ def _attention(
         sent["ring"] += layers * sum(cost.bytes_sent for cost in passes)
         sent["ulysses"] += layers * exchanges * sum(ulysses_bytes(one, mesh.ulysses))
     return seconds, sent
+
+
+def _ring_works(
+    shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
+) -> Iterator[tuple[Work, float]]:
+    """Yield `ring_works` of a micro-batch; of several sequences with documents, each with its share of the layers."""
+    sequences = [documents for documents in work.documents if documents] or [(work.length,)]
+    for documents in sequences:
+        new = documents * work.sequences
+        for one, layers in ring_works(shape, mesh, new, [0] * len(new), numbers, machine.partial_element_bytes):
+            yield one, layers / len(sequences)
 
 
 def _products(

@@ -34,6 +34,11 @@ class Batch:
     counted: int
     documents: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def largest_token(self) -> int:
+        """Largest id among tokens and targets."""
+        return max(int(self.tokens.max()), int(self.targets.max()))
+
 
 def training_batches(
     data: DataSettings, tokenizer: Any, dp_rank: int = 0, dp_size: int = 1, ends: tuple[int, ...] = ()

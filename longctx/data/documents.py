@@ -200,14 +200,23 @@ def _digest(source_files: tuple[SourceFile, ...]) -> str:
 
 
 def _identity(source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings) -> State:
-    """Return what a resumed run compares: the files, their order and, where records have keys, the key of the text."""
+    """Return what a resumed run compares: the files, their order, and what else decides which records are documents.
+
+    This is the key of the text, where records have keys, and the longest conversation, if windows depend on it.
+    """
     has_keys = source.name or any(kind in file.name.lower() for kind in (".jsonl", ".parquet") for file in source_files)
     key = {"text_key": source.text_key} if has_keys and not data.conversations else {}
-    return {"files": _digest(source_files), "order": _order(data), **key}
+    fits = {"fits": [data.length, data.on_error]} if _leaves_out_long(data) else {}
+    return {"files": _digest(source_files), "order": _order(data), **fits, **key}
 
 
 def _order(data: DataSettings) -> list[int]:
     return [data.shuffle, data.seed] if data.shuffle else [0, 0]
+
+
+def _leaves_out_long(data: DataSettings) -> bool:
+    """Return True if data.length decides which conversations are in a shuffle window."""
+    return bool(data.shuffle) and data.conversations == "whole"
 
 
 def _capitals(source_files: tuple[SourceFile, ...]) -> str:
@@ -223,7 +232,8 @@ def _resume_point(
 ) -> ResumePoint:
     """Return the resume point in ``state`` (None: the beginning).
 
-    Raises ValueError if the files, their order or ``text_key`` have changed.
+    Raises ValueError if the files, their order or ``text_key`` have changed, and if another ``data.length`` changes the
+    conversations in a shuffle window.
     """
     if state is None:
         return ResumePoint()
@@ -246,4 +256,11 @@ def _resume_point(
     text_key = state.get("text_key", source.text_key)  # version 0.2 did not save it
     if text_key != source.text_key:
         raise ValueError(f"the state to resume from needs text_key={text_key} for {source}: use it, or start a new run")
+    length, on_error = state.get("fits", (data.length, "stop"))  # absent in checkpoints of older runs
+    # With on_error=stop, no conversation was left out, and a larger length leaves none out either.
+    if _leaves_out_long(data) and (data.length < length or (data.length > length and on_error == "skip")):
+        raise ValueError(
+            f"the state to resume from needs data.length={length}: with data.shuffle={data.shuffle}, another length "
+            "would repeat some conversations and leave others out; use this length, or start a new run"
+        )
     return point

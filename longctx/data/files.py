@@ -4,6 +4,7 @@ import codecs
 import glob
 import gzip
 import json
+import os
 import zlib
 from bisect import bisect
 from collections.abc import Iterator
@@ -36,23 +37,48 @@ def paths_of(given: str) -> list[Path]:
     """Return the files that ``given`` names, sorted: one file, the files of a folder, or a pattern's matches.
 
     A folder gives the files, also of its subfolders, whose names end as in `READABLE`, in small letters or capitals.
-    Hidden files and folders inside it are left out.  Raises ValueError if there are no files.
+    Links to folders are followed; hidden files and folders inside it are left out.  In a pattern, the longest beginning
+    that is a folder is literal, even with brackets.  Raises ValueError if there are no files.
     """
     root = Path(given).expanduser()
     if root.is_dir():
-        paths = [path for path in root.rglob("*") if path.is_file() and path.name.lower().endswith(READABLE)]
-        paths = [path for path in paths if not any(name[0] == "." for name in path.relative_to(root).parts)]
+        paths = [path for path in _visible_files(root) if path.name.lower().endswith(READABLE)]
         if not paths:
             raise ValueError(
                 f"{given} has no file that ends in {', '.join(READABLE)}: name its text files with a pattern, "
                 f"like '{given}/*'"
             )
         return sorted(paths)
-    paths = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]  # noqa: PTH207
-    paths = [path for path in paths if path.is_file()]
+    paths = [path for path in ([root] if root.is_file() else _matches(root)) if path.is_file()]
     if not paths:
         raise ValueError(f"{given} is not a file, a folder, or a pattern that matches a file: check the path")
     return sorted(paths)
+
+
+def _visible_files(root: Path) -> Iterator[Path]:
+    """Yield the files of ``root`` that are not hidden, of its subfolders, and of folders that links in them lead to.
+
+    A folder is read only once, even if links form a loop.  Links are followed last: a file without links in its path
+    has that path.
+    """
+    seen, waiting = set[tuple[int, int]](), [root]
+    while waiting:
+        for place, subfolders, names in os.walk(waiting.pop(0)):
+            folder = Path(place)
+            state = folder.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            subfolders[:] = [name for name in sorted(subfolders) if name[0] != "."]
+            waiting += [folder / name for name in subfolders if (folder / name).is_symlink()]
+            yield from (folder / name for name in names if name[0] != "." and (folder / name).is_file())
+
+
+def _matches(pattern: Path) -> list[Path]:
+    folder = next((parent for parent in pattern.parents if parent.is_dir()), pattern.parent)
+    names = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)  # noqa: PTH207
+    return [folder / name for name in names]
 
 
 def _source_file(path: Path, source: TextSource, read_row: ReadRow | None) -> SourceFile:

@@ -8,7 +8,9 @@ from typing import Any
 from longctx.data.records import text_of
 from longctx.data.tokenize import tokenize
 
-_REPLY = "\N{REPLACEMENT CHARACTER}reply\N{REPLACEMENT CHARACTER}"  # placeholder answer; users do not type it
+# Placeholders for a question and its answer; users do not type them.
+_QUESTION = "\N{REPLACEMENT CHARACTER}question\N{REPLACEMENT CHARACTER}"
+_REPLY = "\N{REPLACEMENT CHARACTER}reply\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,51 @@ def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
         raise ValueError(f"{where} {fault}: repair it")
     if unknown := set(given) - {"text", "max_new_tokens"}:
         raise ValueError(f'{where} has an unknown "{min(unknown)}": use "text" and "max_new_tokens"')
-    limit = given.get("max_new_tokens", max_new_tokens)
+    limit = max_new_tokens if given.get("max_new_tokens") is None else given["max_new_tokens"]
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
         raise ValueError(f'{where}: "max_new_tokens" is {json.dumps(limit)}, use a number of tokens, 0 or more')
     return UserTurn(given["text"], limit, where)
 
 
-def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int, ...]) -> list[int]:
+def turn_tokens(
+    text: str, tokenizer: Any, *, before: list[int], ends: tuple[int, ...], stops: tuple[int, ...] = ()
+) -> list[int]:
     """Return the tokens to append to ``before``, the conversation so far, for a user turn ``text``.
 
     They end where the model's answer begins.  With a chat template, they begin with the end of the previous answer, if
-    there is one.  Its end token is left out if ``before`` already ends in it; ``ends`` has the tokens that end answers.
-    Without a template, they are the plain text's tokens, with special tokens only in the first turn.
+    there is one.  Its end token is left out, with white space before it, if the answer already ended with it or with
+    another of ``ends``, the model's end tokens.  ``stops`` are the user's, which end an answer but do not close it,
+    unless the template writes the same token.  Without a template, the tokens are those of the plain text, with special
+    tokens only in the first turn.
     """
     if not tokenizer.chat_template:
         return tokenize(text, tokenizer, special_tokens=not before).tolist()
+
+    def encode(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
+
     turn: list[dict[str, str]] = [{"role": "user", "content": text}]
     if not before:
-        words = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
+        return encode(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     # The template of a conversation with a placeholder answer shows what follows an answer.
-    answered = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _REPLY}]
+    answered = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _REPLY}]
     words = tokenizer.apply_chat_template([*answered, *turn], tokenize=False, add_generation_prompt=True)
-    new = list(tokenizer(words.partition(_REPLY)[2], add_special_tokens=False)["input_ids"])
-    return new[1:] if before[-1] in ends and new[0] == before[-1] else new
+    asked, _, follows = words.partition(_REPLY)
+    new, last = encode(follows), before[-1]
+    if last not in (*ends, *stops):
+        return new
+    rest = _skip_space(new, tokenizer, last)
+    closers = {last}
+    if last in ends:
+        # A template closes answers with the special token that closes questions, or with an end token that does not
+        # begin questions.  GLM-4's end token <|user|> begins the next question, and stays.
+        begins, _, closes = asked.rpartition(_QUESTION)
+        closers |= {*_skip_space(encode(closes), tokenizer, last)[:1]} & {*tokenizer.added_tokens_decoder}
+        closers |= {*ends} - {*encode(begins)}
+    return rest[1:] if closers & {*rest[:1]} else new
+
+
+def _skip_space(tokens: list[int], tokenizer: Any, last: int) -> list[int]:
+    """Return ``tokens`` from the first one that is not white space, or that is ``last``."""
+    n = next((i for i, token in enumerate(tokens) if token == last or tokenizer.decode([token]).strip()), len(tokens))
+    return tokens[n:]

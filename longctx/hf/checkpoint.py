@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longctx.checkpoint_index import RUN, checkpoint_folders
 from longctx.hf.digests import sha256_of_files
 
 # Weights that are valid only on tensor-parallel ranks; transformers does not load a file of this name.
@@ -48,9 +49,29 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         fix = "convert the model to safetensors first, with transformers' save_pretrained"
         if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
             fix = "this model has no weights yet, train it with recipes.pretrain, or copy its weights there"
+            fix = export_advice(folder) or fix
         raise ValueError(f"{folder} has no model.safetensors: {fix}")
     with open_tensors(folder / existing[0]) as file:
         return dict.fromkeys(file.keys(), folder / existing[0])
+
+
+def export_advice(folder: Path) -> str:
+    """Return how to export the training run that ``folder`` belongs to; the empty string if it belongs to none.
+
+    ``folder`` may be the folder of the run, a checkpoint, or another folder in that of the run.
+    """
+    runs = [run for run in (folder, folder.parent) if checkpoint_folders(run / "checkpoints")]
+    if (folder / RUN).is_file():
+        run, checkpoint = folder.parents[1], folder
+    elif runs:
+        run = checkpoint = runs[0]
+    else:
+        return ""
+    to = run / "hf"
+    return (
+        f"it belongs to a training run: export that with python -m recipes.export checkpoint={checkpoint} to={to}, "
+        f"then give model={to}"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock
+
+from longctx.text_file import write_text
 
 _SETTLED_NS = 2 * 10**9  # a file changed more recently may change again without a new modification time
 _THREADS = 4
@@ -19,12 +21,13 @@ def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[st
     """Return the SHA-256 of each of ``files``, in their order, in hexadecimal digits.
 
     Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode.  If
-    ``cache`` is None or cannot be written, every file is read.  Processes that share a cache read a file once, unless
-    it changed in the last two seconds.
+    ``cache`` is None or cannot be written, every file is read.  Processes that share a cache and ask for the same
+    ``files`` read them once, unless they changed in the last two seconds; for other files, they do not wait.
     """
     paths = [file.resolve() for file in files]
-    store = cache / "digests.json" if cache and _is_writable(cache) else None
-    with FileLock(store.with_suffix(".lock")) if store else nullcontext():
+    store = cache / "digests.json" if cache else None
+    key = hashlib.sha256(repr(paths).encode()).hexdigest()[:12]
+    with _locked(store.with_name(f"digests-{key}.lock")) if store else nullcontext():
         known = _read(store) if store else {}
         before = {path: _state(path) for path in paths}
         missing = [path for path, state in before.items() if known.get(str(path), [])[:-1] != state]
@@ -33,7 +36,7 @@ def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[st
         result = [digests.get(path) or str(known[str(path)][-1]) for path in paths]
         settled = [path for path in missing if before[path] == _state(path) and _is_settled(path)]
         if store and settled:
-            _write(store, known | {str(path): [*before[path], digests[path]] for path in settled})
+            _add(store, {str(path): [*before[path], digests[path]] for path in settled})
     return result
 
 
@@ -51,12 +54,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_writable(folder: Path) -> bool:
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lock ``file`` during the block; go on without a lock if it cannot be written."""
+    lock = FileLock(file, mode=0o666)  # for all users of the cache
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+        yield
+    finally:
+        lock.release()
 
 
 def _read(store: Path) -> dict[str, list[int | str]]:
@@ -68,8 +76,8 @@ def _read(store: Path) -> dict[str, list[int | str]]:
     return known if isinstance(known, dict) else {}
 
 
-def _write(store: Path, known: dict[str, list[int | str]]) -> None:
-    known = {path: state for path, state in known.items() if Path(path).exists()}
-    partial = store.with_suffix(".partial")
-    partial.write_text(json.dumps(known, indent=1) + "\n")
-    partial.replace(store)
+def _add(store: Path, new: dict[str, list[int | str]]) -> None:
+    """Add states and digests to ``store``, and remove those of deleted files; do nothing if it cannot be written."""
+    with _locked(store.with_suffix(".lock")), suppress(OSError):
+        known = {path: state for path, state in (_read(store) | new).items() if os.path.exists(path)}  # noqa: PTH110
+        write_text(store, json.dumps(known, indent=1) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of
 
+CONVERSION = 2  # part of the cache key of a .gguf file: raise it when `convert` writes other files
 # Settings that transformers takes from the shapes of tensors: with another value, a tensor would not fit.
 _SHOWN_BY_SHAPES = ("attention.key_length", "attention.value_length")
 
@@ -89,6 +90,8 @@ def _gguf_names(wheels: Sequence[Path]) -> list[str]:
 def convert(gguf: Path, to: Path, say: Say) -> None:
     """Write the GGUF model to the new Hugging Face folder ``to``: float32 safetensors, tokenizer, unquantized config.
 
+    A file that names more end tokens than one, such as an end of turn, gets a generation_config.json with all of them.
+
     Raises ValueError if transformers cannot read the file, or does not read all of it; ``to`` then has no weights.
     """
     import torch
@@ -124,7 +127,21 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
     model.config.save_pretrained(to)
     _refuse_other_rotation(gguf, reader, to)
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    _save_tokenizer(tokenizer, reader, model.config, to)
+
+
+def _save_tokenizer(tokenizer: Any, reader: Any, config: Any, to: Path) -> None:
+    """Write the tokenizer, and generation_config.json if the file names other end tokens than ``config``.
+
+    ``reader`` has the file's end tokens: of a text, of a turn, and of a message that calls a tool.
+    """
+    from transformers import GenerationConfig
+
     tokenizer.save_pretrained(to)
+    fields = (reader.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ends = list(dict.fromkeys(field.contents() for field in fields if field))
+    if ends not in ([], [config.eos_token_id]):
+        GenerationConfig(eos_token_id=ends).save_pretrained(to)
 
 
 def _elements(reader: Any) -> int:

@@ -5,12 +5,15 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from longctx.config import ModelSource
+from longctx.hf.checkpoint import export_advice
 from longctx.hf.config import shape_of
-from longctx.hf.gguf_file import Say, convert, convert_wheel
+from longctx.hf.gguf_file import CONVERSION, Say, convert, convert_wheel
 from longctx.hf.scratch import TEMPLATE, config_for_context, read_chat_template, write_config_like, write_scratch_folder
+from longctx.text_file import write_text
 
 
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
@@ -31,6 +34,7 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
 def _resolve_source(model: ModelSource, say: Say) -> Path:
     """Return the folder of ``model`` without changes: from a wheel, ``model.config``, a local path or the hub."""
     if model.wheel:
+        # The key lacks CONVERSION: the files in configs/model name one end token, so their folders did not change.
         return _build_cached(model, str(model.sha256), lambda to: convert_wheel(model, to, say))
     if model.config:
         config = dict(model.config)
@@ -43,14 +47,15 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
         return folder
     if folder.suffix == ".gguf" and folder.is_file():
         state = folder.stat()
-        key = f"{folder.resolve()} {state.st_size} {state.st_mtime_ns}"
+        key = f"{CONVERSION} {folder.resolve()} {state.st_size} {state.st_mtime_ns}"
         return _build_cached(model, hashlib.sha256(key.encode()).hexdigest(), lambda to: convert(folder, to, say))
     if folder.is_file():
         raise ValueError(
             f"model={model.source} is a file: give a Hugging Face folder, with config.json and safetensors, or a .gguf"
         )
     if folder.exists():
-        raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
+        fix = export_advice(folder) or "give a Hugging Face folder"
+        raise ValueError(f"model={model.source}: no config.json in this folder; {fix}")
     # ``a/b`` may be a path or a hub name: it is a path if the folder ``a`` exists.
     if model.source.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(
@@ -68,7 +73,7 @@ def _change(model: ModelSource, source: Path) -> Path:
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None
     existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
-    key = ["links", (source / "config.json").read_text(), repr(existing), repr(changed)]
+    key = ["links 2", (source / "config.json").read_text(), repr(existing), repr(changed)]
     if template is not None:
         key.append(template)
 
@@ -77,7 +82,7 @@ def _change(model: ModelSource, source: Path) -> Path:
         write_config_like(source, changed, to)
         replaced = {"config.json"}
         if template is not None:
-            (to / TEMPLATE).write_text(template)
+            write_text(to / TEMPLATE, template)
             replaced.add(TEMPLATE)
         for name in existing.keys() - replaced:
             (to / name).symlink_to(existing[name])
@@ -87,40 +92,64 @@ def _change(model: ModelSource, source: Path) -> Path:
 
 def _fetch_from_hub(name: str, say: Say) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils._validators import validate_repo_id
 
-    try:
-        validate_repo_id(name)
-        say(f"fetching {name} from the Hugging Face hub")
-        # Configuration first: `shape_of` refuses unsupported models before their weights are downloaded.
-        shape_of(Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model"])))
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model={name} is neither a local folder nor available from the hub "
-            f"({type(error).__name__}): give a name from configs/model, a folder, or a hub name"
-        ) from error
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        except Exception as error:  # also those of the HTTP library, which differs between versions of the hub's
+            if isinstance(error, OSError) and error.errno:  # an error of this machine, such as a full disk
+                raise
+            raise ValueError(_hub_fault(name, error)) from error
+
+    say(f"fetching {name} from the Hugging Face hub")
+    # Configuration first: `shape_of` refuses unsupported models before their weights are downloaded.
+    shape_of(fetch("*.json", "*.jinja", "*.model"))
+    return fetch("*.json", "*.jinja", "*.model", "model*.safetensors")
+
+
+def _hub_fault(name: str, error: Exception) -> str:
+    """Return why the hub did not give the model ``name``, by the ``error`` of its library, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    is_gated = isinstance(error, GatedRepoError)
+    if isinstance(error, HFValidationError | RepositoryNotFoundError) and not is_gated:
+        return (
+            f"model={name} is neither a local folder nor a public model of the hub: give a name from configs/model, "
+            "a folder, or a hub name; for a private model, log in with hf auth login"
+        )
+    if is_gated or (isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)):
+        return (
+            f"model={name}: the hub gives this model only to users who have access: accept its terms at "
+            f"https://huggingface.co/{name}, then log in with hf auth login"
+        )
+    return (
+        f"model={name} is neither a local folder nor complete in the hub's cache, and the hub cannot be reached "
+        f"({type(error.__cause__ or error).__name__}): download it on another machine and give its folder, or copy "
+        "that machine's cache (HF_HOME) and set HF_HUB_OFFLINE=1"
+    )
 
 
 def _build_cached(model: ModelSource, digest: str, build: Callable[[Path], None]) -> Path:
     """Return the cache folder of ``model`` and ``digest``; if it does not exist, ``build(to)`` makes it.
 
     ``to`` is a temporary path.  The folder is then renamed into place, so it appears whole or not at all.  A file lock
-    lets only one process build.  Raises ValueError if ``model.cache`` cannot be made.
+    lets only one process build.  Raises ValueError if the folder does not exist and ``model.cache`` cannot be written.
     """
     from filelock import FileLock
 
     cache = Path(model.cache).expanduser()
     folder = cache / f"{model.name}-{digest[:12]}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"model.cache={model.cache} cannot be made: {error}; give a writable folder") from error
-    with FileLock(cache / f"{model.name}.lock"):
-        if not (folder / "config.json").is_file():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{model.name}.") as work:
-                build(Path(work, "folder"))
-                shutil.rmtree(folder, ignore_errors=True)
-                Path(work, "folder").rename(folder)
+    if (folder / "config.json").is_file():  # without a lock: the cache may be read-only
+        return folder
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(cache / f"{model.name}.lock", mode=0o666))  # for all users of the cache
+            work = stack.enter_context(tempfile.TemporaryDirectory(dir=cache, prefix=f"{model.name}."))
+        except OSError as error:
+            raise ValueError(f"model.cache={model.cache} cannot be written: {error}; give a writable folder") from error
+        if not (folder / "config.json").is_file():  # another process may have built it meanwhile
+            build(Path(work, "folder"))
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(work, "folder").rename(folder)
     return folder

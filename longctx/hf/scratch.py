@@ -12,6 +12,7 @@ from typing import Any
 
 from longctx.hf.config import read_config
 from longctx.models import family_of
+from longctx.text_file import write_text
 
 END = "<|endoftext|>"
 TEMPLATE = "chat_template.jinja"  # transformers prefers it to a template in tokenizer_config.json
@@ -84,12 +85,18 @@ def write_folder_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
 
 
 def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
-    """Write the config.json of ``source`` to the folder ``to``, with the fields in ``changed`` replaced."""
-    config = json.loads((source / "config.json").read_text())
+    """Write the config.json of ``source`` to the folder ``to``, with the fields in ``changed`` replaced.
+
+    If this changes nothing, the file has the same bytes, so that the model's fingerprint is the same.
+    """
+    stated = json.loads((source / "config.json").read_text())
     # Field names of older transformers versions would override today's.
     old = ["torch_dtype"] * ("dtype" in changed) + ["rope_theta", "rope_scaling"] * ("rope_parameters" in changed)
-    config = {name: value for name, value in config.items() if name not in old} | dict(changed)
-    (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = {name: value for name, value in stated.items() if name not in old} | dict(changed)
+    if config == stated:
+        shutil.copyfile(source / "config.json", to / "config.json")
+        return
+    write_text(to / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_chat_template(name: str) -> str:

@@ -35,7 +35,8 @@ def refuse_prompts(
             raise ValueError(
                 f"sequence {i} would have {total:,} tokens ({before:,} so far, {len(prompt):,} new, "
                 f"max_new_tokens={max_new_tokens[i]}), but the model's context is {shape.max_positions:,}; "
-                "use a shorter prompt or fewer max_new_tokens, or start a new session"
+                "use a shorter prompt or fewer max_new_tokens, or start a new session (with a larger "
+                "model.max_positions, if the model is to have one)"
             )
 
 

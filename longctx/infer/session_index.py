@@ -12,6 +12,7 @@ from longctx.checksum import KEY, crc32_of_file, has_valid_checksum, with_checks
 from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from longctx.shapes import Tensor
+from longctx.text_file import write_text
 
 VERSION = 2
 INDEX = "session.json"
@@ -61,7 +62,7 @@ def first_head_of(name: str) -> int:
 
 def write_index(folder: Path, index: SessionIndex) -> None:
     """Write ``index``, with its checksum added, to ``folder``."""
-    (folder / INDEX).write_text(json.dumps(with_checksum(index)))
+    write_text(folder / INDEX, json.dumps(with_checksum(index)))
 
 
 def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> SessionIndex:
@@ -77,7 +78,8 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     if not same_model(index["model"], model):
         raise ValueError(
             f"session.load={folder} is of another model ({index['model']}, not {model}); "
-            "use the model, dropped blocks and rounded reductions that it was saved with"
+            "use the model, dropped blocks and rounded reductions that it was saved with, and the same "
+            "model.max_positions and model.rope settings"
         )
     if index["dtype"] != dtype:
         name = index["dtype"].removeprefix("torch.")

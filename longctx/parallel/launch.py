@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
 _preloaded: list[str] = []  # modules that the server imports, whenever it starts
+_LONGEST_TEMP_DIR = 70  # bytes; a socket's path has at most 107, and multiprocessing adds up to 33
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _GATHER_S = 3.0  # from the first failure: other ranks that fail by then are compared to name the first
 
@@ -78,6 +79,7 @@ def _start_server() -> None:
     """
     from multiprocessing import forkserver
 
+    _choose_temp_dir()
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(_preloaded)}
     before = {name: os.environ.get(name) for name in variables}
@@ -87,6 +89,15 @@ def _start_server() -> None:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _choose_temp_dir() -> None:
+    """Let multiprocessing use /tmp if the path of TMPDIR is too long for its sockets' paths."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TEMP_DIR:
+        return
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"  # noqa: S108
+    get_temp_dir()  # which remembers the folder that it makes
+    tempfile.tempdir = before
 
 
 def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> list[Result]:

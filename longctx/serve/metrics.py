@@ -27,7 +27,7 @@ class Metrics:
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("longctx_requests", "Requests, by how they ended", ["end"], registry=registry)
-        self._prompt = Counter("longctx_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._prompt = Counter("longctx_prompt_tokens", "Tokens of prompts, each counted once", registry=registry)
         self._generated = Counter("longctx_generated_tokens", "Tokens of answers", registry=registry)
         self._ttft = Histogram(
             "longctx_ttft_seconds", "Time to a request's first token", buckets=_SECONDS, registry=registry
@@ -37,7 +37,8 @@ class Metrics:
         )
         self._open = Gauge("longctx_open_sequences", "Sequences that wait or are answered", registry=registry)
         for name, read in gauges.items():
-            Gauge(f"longctx_{name}", name.replace("_", " "), registry=registry).set_function(read)
+            note = ", a prompt counted once per answer" if name.startswith("prefix_") else ""
+            Gauge(f"longctx_{name}", name.replace("_", " ") + note, registry=registry).set_function(read)
         self._by_rank = {
             Gauge(f"longctx_{name}", name.replace("_", " "), ["ring_rank"], registry=registry): read
             for name, read in (by_rank or {}).items()

@@ -7,10 +7,11 @@ from typing import Any
 
 from longctx.checksum import KEY, has_valid_checksum, with_checksum
 from longctx.hf.checkpoint import same_model
+from longctx.text_file import write_text
 
 VERSION = 1  # format of the files
 INDEX = "pages.json"
-_NEW_INDEX = f"{INDEX}.coming"  # a killed server may leave it
+_NEW_INDEXES = {f"{INDEX}.partial", f"{INDEX}.coming"}  # left by a killed server; .coming: of earlier versions
 LOCK = ".lock"  # held by the server that uses the folder
 
 
@@ -32,7 +33,7 @@ def refuse_other_pages(folder: Path, origin: PageOrigin, setting: str) -> None:
     """
     if not folder.exists():
         return
-    is_new = folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK, _NEW_INDEX}
+    is_new = folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK, *_NEW_INDEXES}
     if not is_new and not (folder / INDEX).is_file():
         raise ValueError(f"{setting} has other files than the saved pages of a server: use an empty or new folder")
     if not (folder / INDEX).is_file():
@@ -60,7 +61,4 @@ def _read(file: Path, setting: str) -> dict[str, Any]:
 
 def write_origin(folder: Path, origin: PageOrigin) -> None:
     """Create ``folder`` and write the ``origin`` of its pages to a file, which appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder / _NEW_INDEX
-    new.write_text(json.dumps(with_checksum(asdict(origin))))
-    new.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps(with_checksum(asdict(origin))))

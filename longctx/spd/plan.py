@@ -10,6 +10,7 @@ from typing import Any
 from longctx.checksum import KEY, crc32_of_file, has_valid_checksum, with_checksum
 from longctx.hf.checkpoint import ADAPTED, same_model
 from longctx.model_shape import ModelShape
+from longctx.text_file import write_text
 
 FILE = "spd_plan.json"
 _WEIGHTS = "weights_crc32"
@@ -81,7 +82,7 @@ class SavedPlan:
         If the adapted weights are in ``folder`` already, the file also gets a checksum of them.
         """
         weights = {_WEIGHTS: crc32_of_file(folder / ADAPTED)} if (folder / ADAPTED).is_file() else {}
-        (folder / FILE).write_text(json.dumps(with_checksum({**asdict(self), **weights}), indent=1) + "\n")
+        write_text(folder / FILE, json.dumps(with_checksum({**asdict(self), **weights}), indent=1) + "\n")
 
 
 def saved_plan(folder: Path) -> SavedPlan | None:

@@ -121,7 +121,7 @@ def micro_batches(
 
     Raises ValueError for a token beyond the model's vocabulary.
     """
-    shape.refuse_unknown_token(max(int(batch.tokens.max()), int(batch.targets.max())))
+    shape.refuse_unknown_token(batch.largest_token)
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
     mean_counted = batch.counted / (len(batch.lengths) * runtime.mesh.dp)
     return [_micro_batch(*sequence, mean_counted, runtime, shape, parallelism, buckets) for sequence in sequences]

@@ -14,11 +14,12 @@ SIGNAL = signal.SIGUSR1  # Slurm sends it before a time limit or pre-emption (sl
 class StopRequest:
     """Records whether `SIGNAL` has arrived since this object was created, which replaces the signal's handler.
 
-    Call `agreed_on_all_ranks` once a step, on every rank.  ``agreed_on`` is the result of the last call.
+    Call `agreed_on_all_ranks` once a step, on every rank.  After the last call, ``agreed_on`` says whether a rank has
+    received the signal, and ``has_fault`` whether one had a fault.
     """
 
     def __init__(self) -> None:
-        self._received = self.agreed_on = False
+        self._received = self.agreed_on = self.has_fault = False
         signal.signal(SIGNAL, self._receive)
 
     def _receive(self, *_: Any) -> None:
@@ -29,11 +30,12 @@ class StopRequest:
         """True once this rank has received the signal."""
         return self._received
 
-    def agreed_on_all_ranks(self, world: Comm, device: torch.device) -> bool:
-        """Return True, on every rank of ``world``, once any of them has received the signal (an all-gather)."""
-        received: Tensor = torch.tensor([int(self._received)], device=device)
-        self.agreed_on = any(bool(each.item()) for each in world.all_gather(received, [(1,)] * world.size))
-        return self.agreed_on
+    def agreed_on_all_ranks(self, world: Comm, device: torch.device, *, fault: bool = False) -> bool:
+        """Return True, on every rank of ``world``, once one has received the signal or has a ``fault`` (all-gather)."""
+        own: Tensor = torch.tensor([int(self._received), int(fault)], device=device)
+        signals, faults = zip(*(each.tolist() for each in world.all_gather(own, [(2,)] * world.size)), strict=True)
+        self.agreed_on, self.has_fault = any(signals), any(faults)
+        return self.agreed_on or self.has_fault
 
     def over(self) -> None:
         """Ignore the signal from now on, because the run is about to end by itself.

@@ -8,21 +8,27 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from longctx.config import Track
+from longctx.text_file import name_in_errors
 
 Say = Callable[[str], None]
 # Values by name; None is a value that is not known.  "comm/exposed_s" is in the group comm (others are mem and eval);
 # a name without "/" is in the group train.
 Figures = Mapping[str, float | None]
 MANIFEST = "manifest.json"  # in a run's folder: command, settings, source (recipes/common/manifest.py)
-_UPLOAD_S = 300.0  # maximum wait for W&B's server at the end; the rest stays on disk, for `wandb sync`
+_CONNECT_S = 30.0  # longest wait for W&B's server at the start; without it, the run is recorded offline
+# The same at the end; the rest stays on disk, for `wandb sync`.  A job that is warned two minutes before its end needs
+# most of them for its last step and checkpoint.
+_UPLOAD_S = 45.0
 
 
 @runtime_checkable
@@ -165,14 +171,14 @@ def _keep_before(path: Path, step: int) -> Path:
 
     A process that is killed meanwhile leaves ``path`` unchanged.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as output:
+    new = path.with_suffix(".partial")
+    with name_in_errors(path), new.open("wb") as output:
         if path.exists():
             with path.open("rb") as lines:
                 output.writelines(line for line in lines if _is_before(line, step))
         output.flush()
         os.fsync(output.fileno())
-    partial.replace(path)
+    new.replace(path)
     return path
 
 
@@ -190,11 +196,11 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
     Raises OSError, and leaves nothing of the line, if the disk has no room for all of it.
     """
     line = json.dumps(values, allow_nan=False).encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
+    with name_in_errors(path), path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
             if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             file.truncate(end)
             raise
@@ -223,7 +229,8 @@ class Wandb:
         with tempfile.TemporaryFile(dir=folder / "wandb") as probe:
             probe.write(bytes(4096))
         self._wandb = wandb
-        self._run = wandb.init(
+        begin = partial(
+            wandb.init,
             project=track.project,
             group=track.group,
             name=track.name,
@@ -234,10 +241,20 @@ class Wandb:
             id=run_id,
             resume="allow",
             allow_val_change=True,
-            mode=_mode(wandb),
             dir=folder,
-            settings=wandb.Settings(console="off", silent=True, finish_timeout=_UPLOAD_S),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=_CONNECT_S,
+                finish_timeout=_UPLOAD_S,
+            ),
         )
+        try:
+            self._run = begin(mode=_mode(wandb))
+        except wandb.errors.CommError as error:  # compute nodes often have no network
+            say(f"W&B cannot be reached ({' '.join(str(error).split())}): the run is recorded offline")
+            wandb.teardown(exit_code=1)  # ends the attempt, which has the run's id
+            self._run = begin(mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if (folder / MANIFEST).is_file():
@@ -257,7 +274,7 @@ class Wandb:
         self._run.log({"step": step, _with_group(name): self._wandb.Image(str(path))}, step=step)
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
-        artifact = self._wandb.Artifact(name, kind)
+        artifact = self._wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), kind)  # W&B refuses other characters
         artifact.add_reference(folder.resolve().as_uri(), checksum=False)
         self._run.log_artifact(artifact)
 

@@ -26,6 +26,7 @@ from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
 from longctx.shapes import Int, Tensor
+from longctx.text_file import write_text
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
@@ -285,8 +286,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
             given = yaml.safe_load(Path(settings.hardware).expanduser().read_text(encoding="utf-8"))
             origin = {**(given.get("measured") or {}), **({"empirical": file["measured"]} if constants else {})}
             file = {**given, "measured": origin, "empirical": file["empirical"]}
-        Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
+        write_text(Path(settings.fitted), yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
         draw(table_rows, job, settings.picture)
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 
 from longctx.parallel.launch import Rank
+from longctx.text_file import write_text
 from recipes.bench.gpu_model_parts import check_dropped, check_logits, check_training, time_decode, time_model
 from recipes.bench.gpu_parts import TableRow, check_kernels, check_tiles
 from recipes.common.cli import console, on_ranks, warm_up_ranks
@@ -135,9 +136,8 @@ def run_parts(job: GpuCheckJob, runtime: Runtime, parts: Mapping[str, Part] = PA
 def write_results(job: GpuCheckJob, results: Mapping[str, Mapping[str, object]]) -> None:
     """Write ``results`` to gpu_check.json and gpu_check.md in the folder ``out``."""
     folder = Path(job.settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(str(folder / "gpu_check.json"), {**job.about, "parts": results})
-    (folder / "gpu_check.md").write_text("\n".join(markdown(job.about, results)) + "\n")
+    write_text(folder / "gpu_check.md", "\n".join(markdown(job.about, results)) + "\n")
 
 
 def markdown(about: Mapping[str, object], results: Mapping[str, Mapping[str, object]]) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 
 from longctx.config import Sampling
 from longctx.parallel.launch import Rank
+from longctx.text_file import write_text
 from recipes.bench import timing
 from recipes.bench.decode import DecodeSettings, decode_steps, start_session
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
@@ -272,7 +273,7 @@ def write(job: RivalJob, times: Sequence[WorkTimes], out: Path) -> None:
     about = {"model": model.name, "dtype": model.dtype, "mesh": str(job.target.mesh), **provenance()}
     table_rows = [{**asdict(each), "relative_speeds": each.relative_speeds()} for each in times]
     write_result(str(out / "rivals.json"), {**about, "transformers": transformers.__version__, "rows": table_rows})
-    (out / "rivals.md").write_text("\n".join([*markdown(times), ""]))
+    write_text(out / "rivals.md", "\n".join([*markdown(times), ""]))
     speeds = [(pair, median(ratios)) for each in times for pair, ratios in each.relative_speeds().items()]
     draw_bars(
         str(out / "rivals.svg"),

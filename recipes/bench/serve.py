@@ -194,10 +194,12 @@ def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[di
     return table_rows
 
 
-def middle_and_tail(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return the median and the 95th percentile; NaN for none."""
-    if len(seconds) < 2:
-        return (seconds[0], seconds[0]) if seconds else (float("nan"), float("nan"))
+def middle_and_tail(seconds: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Return the median and the 95th percentile; None for none."""
+    if not seconds:
+        return None, None
+    if len(seconds) == 1:
+        return seconds[0], seconds[0]
     return median(seconds), quantiles(seconds, n=20, method="inclusive")[-1]
 
 
@@ -209,7 +211,8 @@ def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
     for one in table_rows:
         megabytes = " ".join(f"{size / 1e6:.0f}" for size in one["page_bytes_by_rank"])  # type: ignore[attr-defined]
         figures = [f"{one['seconds']:.1f}", f"{one['speedup']:.2f}"]
-        figures += [f"{one[name]:.2f}" for name in ("short_ttft_p50_s", "short_ttft_p95_s")]
+        short = [one[name] for name in ("short_ttft_p50_s", "short_ttft_p95_s")]
+        figures += ["" if seconds is None else f"{seconds:.2f}" for seconds in short]
         figures += [f"{one['equal_answers']} of {requests}", f"{one['hit_rate']:.2f}", megabytes]
         table.add_row(str(one["variant"]), *figures)
     console.print(table)

@@ -7,11 +7,9 @@ It runs no model: it joins the results of spd_quality, of spd_latency on each li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import expm1
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
@@ -20,7 +18,7 @@ from rich.table import Table
 
 from recipes.bench.spd_quality import IN_ORDER, RANKED
 from recipes.common.cli import console, say, write_result
-from recipes.common.places import refuse_unwritable
+from recipes.common.places import read_json, refuse_unwritable
 from recipes.common.plots import draw_tradeoff
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -89,7 +87,7 @@ def prepare(config: DictConfig) -> TradeoffJob:
     refuse_unwritable(settings.picture, "picture")
     saved, measured, rivals = {}, dict[str, tuple[str, int]](), dict[str, Mapping[str, Any]]()
     for file in settings.latency:
-        values = read_json(file, "latency", ("rows", "model", "mesh"), "spd_latency")
+        values = read_result(file, "latency", ("rows", "model", "mesh"), "spd_latency")
         measured[f"latency={file}"] = values["model"], axes_of(values["mesh"]).get("tp", 1)
         rivals[f"latency={file}"] = values.get("rivals", {})
         link = link_of(values)
@@ -99,12 +97,12 @@ def prepare(config: DictConfig) -> TradeoffJob:
         saved[link] = {(row.get("reduce", "float32"), row["share"]): 100 * row["saved"] for row in table_rows}
     qualities = list[Quality]()
     if settings.quality:
-        values = read_json(settings.quality, "quality", ("variants", "model", "tp"), "spd_quality")
+        values = read_result(settings.quality, "quality", ("variants", "model", "tp"), "spd_quality")
         measured[f"quality={settings.quality}"] = values["model"], values["tp"]
         rivals[f"quality={settings.quality}"] = values.get("rivals", {})
         qualities += perplexities(values, settings.text)
     if settings.report:
-        values = read_json(settings.report, "report", ("average", "variants"), "eval.run")
+        values = read_result(settings.report, "report", ("average", "variants"), "eval.run")
         tp = next(iter(measured.values()))[1]
         measured[f"report={settings.report}"] = next(iter(values["variants"].values()))["model"], tp
         qualities += accuracies(values, tp)
@@ -113,9 +111,12 @@ def prepare(config: DictConfig) -> TradeoffJob:
     return TradeoffJob(settings, tuple(qualities), saved)
 
 
-def read_json(file: str, setting: str, keys: Sequence[str], recipe: str) -> Any:
-    """Return the content of ``file``.  Raises ValueError if it lacks one of ``keys``: ``recipe`` did not write it."""
-    values = json.loads(Path(file).expanduser().read_text())
+def read_result(file: str, setting: str, keys: Sequence[str], recipe: str) -> Any:
+    """Return the content of ``file``.  Raises ValueError if it lacks one of ``keys``: ``recipe`` did not write it.
+
+    Also raises ValueError if the file is damaged.
+    """
+    values = read_json(file, f"write it again with {recipe}", f"{setting}={file}")
     missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
     if missing:
         raise ValueError(

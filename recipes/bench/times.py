@@ -22,6 +22,7 @@ from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.cost.machine import Accuracy, Machine
 from longctx.cost.step import step_cost
 from longctx.parallel.validate import refuse_unfit
+from longctx.text_file import write_text
 from recipes.bench.host_call import call_on_hosts
 from recipes.bench.hosts import bits_per_s, refuse_hosts
 from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
@@ -248,7 +249,6 @@ def report(job: TimesJob, results: Sequence[Row]) -> None:
         merged, groups = merge(settings.json, results, groups)
         write_result(settings.json, {**provenance(), **metadata, "groups": groups, "runs": merged})
     if settings.markdown:
-        Path(settings.markdown).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.markdown).write_text("\n".join(page_of(merged)) + "\n", encoding="utf-8")
+        write_text(Path(settings.markdown), "\n".join(page_of(merged)) + "\n")
     if settings.picture:
         draw_times(settings.picture, merged)

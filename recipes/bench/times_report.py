@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from recipes.common.cli import console
+from recipes.common.places import read_json
 from recipes.common.plots import draw_points
 
 Row = Mapping[str, Any]
@@ -139,11 +139,11 @@ def merge(file: str, results: Sequence[Row], groups: Mapping[str, Any]) -> tuple
     """Return the results of ``file`` with those of ``groups`` replaced by ``results``, and the metadata of all groups.
 
     ``groups`` has the metadata of the new results by group.  Nothing is written; a file that does not exist counts as
-    empty.  Raises ValueError for runs without groups, as older versions wrote.
+    empty.  Raises ValueError for a damaged file, and for runs without groups, as older versions wrote.
     """
     before: dict[str, Any] = {"runs": [], "groups": {}}
     if Path(file).is_file():
-        before = json.loads(Path(file).read_text(encoding="utf-8"))
+        before = read_json(file, "remove it, or give another file", f"json={file}")
     others = [row for row in before.get("runs", []) if row.get("group", "runs") not in groups]
     if any("group" not in row for row in others):
         raise ValueError(f"json={file} has runs without groups, of an older version: give another file")

@@ -9,16 +9,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from typing import NoReturn, TypeVar, TypeVarTuple
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -29,10 +26,12 @@ from longctx.parallel.launch import Rank, RankFailed, run_ranks, warm_up
 from longctx.parallel.launcher import current_rank
 from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
-from recipes.common.overrides import CONFIGS, as_overrides, expand_home, lists_values, literal
-from recipes.common.places import WRITTEN, numbered_out, write_json
+from recipes.common.overrides import CONFIGS, as_overrides, expand_home
+from recipes.common.places import write_json
+from recipes.common.provenance import cores
 from recipes.common.renamed import rename_settings
 from recipes.common.startup import leave_closed_pipe, loaded, print_page
+from recipes.common.sweep import is_multirun, refuse_unwritable_sweep, remove_empty_sweep, with_numbered_places
 
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
@@ -42,8 +41,11 @@ _OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--hydra-help", 
 _OF_TARGET = ("mesh", "model", "context", "run", "spd", "reduce")  # sections that every target reads if they are there
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
-# Another try may succeed: disk or quota full, disk error, too many files, no memory.
-_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+# Another try may succeed: disk or quota full, disk error, too many files, no memory; or a file system's network fails.
+_SHORTAGES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH),
+)
 
 
 def plain_console(*, stderr: bool, width: int) -> Console:
@@ -81,23 +83,8 @@ def _run(task: Callable[[DictConfig], None], config_name: str, config: DictConfi
         exit_on_error(lambda: task(_checked(config_name, config, words)))
     except SystemExit as leaving:
         if leaving.code == 2:
-            _remove_empty_sweep()
+            remove_empty_sweep()
         raise
-
-
-def _remove_empty_sweep() -> None:
-    """Remove the folder that Hydra has made for its records of a sweep (--multirun) whose first run is refused.
-
-    Also removes parents that are then empty.  Does nothing for a single run, or if the folder has anything else.
-    """
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.sweep.dir)
-    if hydra_config.mode != RunMode.MULTIRUN or {path.name for path in folder.rglob("*")} != {"multirun.yaml", "0"}:
-        return
-    (folder / "multirun.yaml").unlink()
-    with suppress(OSError):  # up to a folder that has something else
-        for made in (folder / "0", folder, *folder.parents):
-            made.rmdir()
 
 
 def _checked(config_name: str, config: DictConfig, words: Sequence[str]) -> DictConfig:
@@ -109,12 +96,12 @@ def _checked(config_name: str, config: DictConfig, words: Sequence[str]) -> Dict
     """
     from recipes.common.settings import check_sections
 
-    config = _with_numbered_places(expand_home(rename_settings(config, say)), words)
+    config = with_numbered_places(expand_home(rename_settings(config, say)), words)
     refuse_unknown_sections(config_name, config, words)
     check_sections(config)
-    threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
-    if isinstance(threads, int | float) and threads > cores:  # 1e6 is a float
-        raise ValueError(f"run.threads={threads}: this machine has {cores} cores for all ranks; use at most {cores}")
+    threads, limit = OmegaConf.select(config, "run.threads"), cores()
+    if isinstance(threads, int | float) and threads > limit:  # 1e6 is a float
+        raise ValueError(f"run.threads={threads}: this machine has {limit} cores for all ranks; use at most {limit}")
     if OmegaConf.select(config, "run.device") == "cuda":
         from longctx.parallel.validate import refuse_no_gpu
 
@@ -145,12 +132,9 @@ def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not options:
         compose_config(config_name, overrides)
+    elif is_multirun(words):
+        refuse_unwritable_sweep(config_name, overrides)
     return overrides
-
-
-def is_multirun(words: Sequence[str]) -> bool:
-    """Return True if the command line asks for Hydra's multirun."""
-    return bool({"-m", "--multirun"} & set(words))
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -200,22 +184,6 @@ def _defaults_of(config_name: str) -> dict[str, object]:
     known = OmegaConf.to_container(compose_config(config_name, []))
     assert isinstance(known, dict)
     return {str(key): value for key, value in known.items()}
-
-
-def _with_numbered_places(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return ``config``; in a sweep (--multirun), add the run's number to each path that a run writes.
-
-    Unchanged are paths of which the sweep lists several.
-    """
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return config
-    listed = {name for name, _, value in (word.partition("=") for word in words) if lists_values(value)}
-    for name in WRITTEN:
-        place = OmegaConf.select(config, name)
-        if place and name not in listed:
-            OmegaConf.update(config, name, literal(numbered_out(place, hydra_config.job.num)))
-    return config
 
 
 def on_ranks(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result | None:
@@ -293,7 +261,7 @@ def say(line: str) -> None:
 
 def threads_for(threads: int | None, rank: Rank) -> int:
     """Return the CPU threads of ``rank``: ``threads``, or an even share of this machine's cores."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
+    return threads or max(1, cores() // rank.local_world_size)
 
 
 def threads_here(threads: int | None, mesh: Mesh) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypedDict
 
 from recipes.common.cli import console, print_error
-from recipes.common.progress import Progress, TokenStream
+from recipes.common.progress import Progress, TokenStream, layers_to_run
 
 if TYPE_CHECKING:
     import torch
@@ -101,18 +101,20 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     stream, computes = TokenStream(tokenizer, stop), False
     try:
         # 1. Tokenize and check: every rank raises the same errors.
-        ends = (*engine.shape.end_tokens, *session.sampling.stop_tokens)
-        new = turn_tokens(turn.text, tokenizer, before=before, ends=ends)
+        ends, stops = engine.shape.end_tokens, session.sampling.stop_tokens
+        new = turn_tokens(turn.text, tokenizer, before=before, ends=ends, stops=stops)
         session.refuse({0: new}, {0: turn.max_new_tokens})
         # 2. Compute.
         computes = True
         with Progress(shown=shown) as progress:
-            progress.start(f"prefill of {len(new):,} tokens, layers", engine.shape.layers)
+            tokens = len(new) + (len(before) - session.sequences[0].cached if before else 0)
+            layers = layers_to_run(engine.shape.layers, tokens, session.context.chunk)
+            progress.start(f"prefill of {tokens:,} tokens, layers", layers)
 
-            def print_token(tokens: Mapping[int, int]) -> None:
+            def print_token(latest: Mapping[int, int]) -> None:
                 progress.stop()
                 if shown:
-                    stream.add(tokens[0])
+                    stream.add(latest[0])
 
             result = session.turn(
                 {0: new},
@@ -175,6 +177,6 @@ def show_turn(number: int, figures: TurnFigures) -> None:
     console.print(
         f"turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
         f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']}), decode {figures['decode_strategy']}\n"
-        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB",
+        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB between context ranks",
         style="dim",
     )

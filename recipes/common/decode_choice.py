@@ -22,6 +22,7 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
     """
     import torch
 
+    from longctx.megatron.few_rows import linear
     from longctx.parallel.measure.probe import probe_decode
     from recipes.common.target import proves_sharded
 
@@ -34,6 +35,6 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
     if engine.share is None:
         return lambda _: ("gather_merge", "the ranks cannot share their weights")
     dtype = getattr(torch, target.model.dtype)
-    hardware = probe_decode(runtime.world, dtype, runtime.device)
+    hardware = probe_decode(runtime.world, dtype, runtime.device, linear)
     numbers = Numbers(dtype.itemsize, dtype.itemsize)
     return lambda batch: choose_decode(decode_work(target.shape, target.mesh, batch, numbers), hardware)

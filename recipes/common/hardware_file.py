@@ -10,6 +10,7 @@ from longctx.config import Mesh
 from longctx.cost.hardware import Hardware, hardware_of
 from longctx.cost.machine import Accuracy, Machine
 from longctx.cost.machine_file import machine_of
+from longctx.text_file import write_text
 from recipes.common.cli import threads_here
 from recipes.common.overrides import CONFIGS, choices
 
@@ -123,7 +124,7 @@ def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:
     assert isinstance(values, dict)
     written = {work: {**asdict(one), "axes": list(one.axes)} for work, one in accuracies.items()}
     values["errors"] = {**(values.get("errors") or {}), **written}
-    Path(name).expanduser().write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(Path(name).expanduser(), yaml.safe_dump(values, sort_keys=False))
 
 
 def _values(name: str) -> object:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from recipes.common.cli import is_first, say
 
+_locks: set[int] = set()  # descriptors of this process's locks
 _OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its dead node held on a network file system
 
 
 @contextmanager
-def hold(file: Path, setting: str) -> Iterator[None]:
+def hold(file: Path, setting: str) -> Iterator[int | None]:
     """Hold a lock until the block ends or the process dies; of a launcher's ranks, only the first holds it.
+
+    Gives the lock's descriptor, None on other ranks.  A subprocess to which it is passed holds the lock, too.
 
     ``file`` is the lock file: it is made with its folder, and removed at the end.  ``setting``, such as ``out=DIR``,
     names the locked file or folder in messages.  A file system without locks only gives a warning; the file is then
@@ -26,18 +29,29 @@ def hold(file: Path, setting: str) -> Iterator[None]:
     minutes for its former host to release it.
     """
     if not is_first():
-        yield
+        yield None
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(file, setting)
+    _locks.add(descriptor)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
-        yield
+        yield descriptor
     finally:
         if _holder(descriptor) == _this_process():  # without locks, another run may have written to the file since
             file.unlink(missing_ok=True)  # before the lock ends: `_lock` then sees that its file is gone
+        _locks.discard(descriptor)
         os.close(descriptor)
+
+
+def _leave_locks() -> None:
+    """Close the locks of the parent in a process that was just forked: a lock lasts until its last copy is closed."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def lock_beside(place: Path) -> Path:

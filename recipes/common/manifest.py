@@ -5,6 +5,7 @@ next to it.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 from longctx.data.files import paths_of
 from longctx.data.identity import digest
 from longctx.hf.checkpoint import fingerprint
+from longctx.text_file import write_text
 from longctx.train.track import MANIFEST
 from recipes.common.cli import is_first
 from recipes.common.lock import hold, lock_beside
@@ -77,7 +79,7 @@ def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: 
     manifest = _manifest(config, recipe, out, weights, read) if is_first() else {}  # raises before `hold` makes folders
     with hold(lock_of(out), f"out={config.out}"):
         if is_first():
-            _write(manifest_file(out), manifest)
+            write_text(manifest_file(out), json.dumps(manifest, indent=1) + "\n")
         yield
 
 
@@ -105,12 +107,6 @@ def _manifest(
         "out": str(out),
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _write(file: Path, manifest: Mapping[str, object]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(file)
 
 
 def manifest_file(out: Path) -> Path:
@@ -186,6 +182,8 @@ def _read(path: Path) -> Manifest:
     """
     file = manifest_file(path)
     beside = [path.with_name(MANIFEST)] if is_file_name(str(path)) else list(path.glob(f"*.{MANIFEST}"))
+    first = [each for each in beside if not re.search(rf"-again(-\d+)?\.{MANIFEST}$", each.name)]
+    beside = first if len(first) == 1 else beside  # without runs that recipes.reproduce has made
     if not file.is_file() and len(beside) > 1:
         names = ", ".join(sorted(each.name.replace(MANIFEST, "json") for each in beside))
         raise FileNotFoundError(f"the folder has several runs: give one of {names}")

@@ -4,6 +4,9 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from longctx.text_file import write_text
 
 _SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # by setting
 
@@ -73,10 +76,15 @@ def nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
+def read_json(file: str | Path, fix: str, name: str = "") -> Any:
+    """Return the content of the JSON ``file``; raise ValueError with its ``name`` (its path) and ``fix`` if damaged."""
+    try:
+        return json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name or file} is damaged ({error}): {fix}") from error
+
+
 def write_json(out: str, result: Mapping[str, object]) -> None:
     """Write ``result`` to ``out`` as JSON, one line per key; the file appears whole or not at all."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
-    partial = Path(f"{out}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    partial.replace(out)
+    write_text(Path(out), "{\n" + ",\n".join(lines) + "\n}\n")

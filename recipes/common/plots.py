@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.text_file import name_in_errors
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -145,7 +147,9 @@ def draw_shares(
     right_axes = axes.twinx() if right else axes
     for i, (name, points) in enumerate(left.items()):
         share, values, low, high = zip(*sorted(points), strict=True)
-        below, above = ([a - b for a, b in zip(*ends, strict=True)] for ends in ((values, low), (high, values)))
+        # An end that equals the value may lie on its other side, by rounding.
+        below = [max(0.0, a - b) for a, b in zip(values, low, strict=True)]
+        above = [max(0.0, a - b) for a, b in zip(high, values, strict=True)]
         axes.errorbar(share, values, (below, above), fmt="-", **_line(i), label=name, capsize=3)
     for i, (name, pairs) in enumerate(right.items(), len(left)):
         right_axes.plot(*zip(*sorted(pairs), strict=True), "--", **_line(i), label=name)
@@ -280,5 +284,6 @@ def _save(figure: Figure, out: str) -> None:
     import matplotlib.pyplot as plt
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
+    with name_in_errors(Path(out)):
+        figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
     plt.close(figure)

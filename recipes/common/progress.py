@@ -3,6 +3,7 @@
 Progress is a bar with the remaining time on a terminal, and one line per minute elsewhere.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ class Progress:
             bars.TimeElapsedColumn(),
             bars.TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=math.inf,  # from the phase's beginning: steps may be slow, or come in bursts
             disable=not (shown and console.is_terminal),
         )
         self._lines = console if shown and not console.is_terminal else None
@@ -49,15 +51,15 @@ class Progress:
             self._bar.stop_task(self._task)
         self._phase, self._task = phase, self._bar.add_task(phase, total=total, completed=done)
 
-    def step(self, phase: str | None = None, total: int | None = None, note: str = "") -> None:
-        """Advance by one step; first start ``phase`` of ``total`` steps if it is not the current one.
+    def step(self, phase: str | None = None, total: int | None = None, note: str = "", count: int = 1) -> None:
+        """Advance by ``count`` steps; first start ``phase`` of ``total`` steps if it is not the current one.
 
         ``note`` is shown beside the phase.
         """
         if phase and phase != self._phase:
             self.start(phase, total)
         if self._task is not None:
-            self._bar.update(self._task, advance=1, description=f"{self._phase} {note}".rstrip())
+            self._bar.update(self._task, advance=count, description=f"{self._phase} {note}".rstrip())
             self._print_line()
 
     def _print_line(self) -> None:
@@ -82,6 +84,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def layers_to_run(layers: int, tokens: int, chunk: int | None) -> int:
+    """Return how often a prefill of ``tokens`` runs one of ``layers``: all of them for each chunk (None: one chunk)."""
+    return layers * (-(-tokens // chunk) if chunk else 1)
 
 
 class TokenStream:

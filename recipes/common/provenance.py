@@ -23,7 +23,7 @@ def provenance() -> dict[str, str]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": commit_of(ROOT),
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(cores()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
@@ -38,11 +38,16 @@ def hardware() -> dict[str, object]:
     return {
         "host": socket.gethostname(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
         "slurm": slurm,
     }
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use; on macOS, which restricts none, that of all cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def package_versions() -> dict[str, str]:

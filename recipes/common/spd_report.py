@@ -12,12 +12,24 @@ from pathlib import Path
 class AllowedDrop:
     """A share of blocks that may drop a reduction with ``tp`` tensor-parallel ranks (None: any number).
 
-    ``why`` is a line for the user that gives the reason, empty if the user gave the share.
+    ``why`` is a line for the user that gives the reason, empty if the user gave the share.  ``repaired`` is the name
+    of the repaired model to which alone a report's verdict applies, empty if it applies to the model without repair
+    (None: the user gave the share).
     """
 
     share: float
     tp: int | None = None
     why: str = ""
+    repaired: str | None = None
+
+    @property
+    def settings(self) -> str:
+        """The settings that drop these blocks, in words, for `share` of the blocks."""
+        ranked = f"spd=ranked spd.budget={self.share:g} spd.sensitivity=FILE"
+        saved = f"spd=saved spd.budget={self.share:g}"
+        if self.repaired is None:
+            return f"{ranked}, or an adapted model with {saved}"
+        return f"model=FOLDER {saved}, with the folder of {self.repaired}" if self.repaired else ranked
 
 
 NO_DROP = AllowedDrop(0.0)
@@ -81,6 +93,8 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
     name, (share, tp) = max(decided.items(), key=lambda item: item[1])
     rests_on = report["average"][name].get("rests_on") or {}
     caution = "".join(f"; without {task} {verdict}" for task, verdict in rests_on.items())
-    return AllowedDrop(
-        share, tp, f"{setting}: up to {share:.0%} of the blocks may drop at mesh.tp={tp} ({name}{caution})"
-    )
+    variant = of_model[name]
+    repaired = str(variant["model"]) if variant.get("repaired") else ""
+    of = f" of the repaired model {repaired}" if repaired else ""
+    why = f"{setting}: up to {share:.0%} of the blocks{of} may drop at mesh.tp={tp} ({name}{caution})"
+    return AllowedDrop(share, tp, why, repaired)

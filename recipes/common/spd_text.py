@@ -21,6 +21,7 @@ from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import refuse_unfit_shape
 from longctx.spd.text import PackedText
+from longctx.text_file import write_text
 from recipes.common.manifest import refuse_other_recipe
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.settings import section
@@ -39,7 +40,7 @@ def resolve_spd_target(config: DictConfig, recipe: str, *, writes_folder: bool =
 
     * ``mesh.tp`` below 2, since one rank has no reduction to drop;
     * Transformer Engine's layers, which need a GPU, and devices other than the CPU, which are not tested;
-    * a model that already has a plan of dropped reductions;
+    * rounded reductions, and a model that already has a plan of dropped reductions;
     * with ``writes_folder``, an ``out`` that is not a writable folder, or that belongs to another recipe.
     """
     mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
@@ -54,6 +55,8 @@ def resolve_spd_target(config: DictConfig, recipe: str, *, writes_folder: bool =
     refuse_unfit_shape(target.shape)
     if target.run.device != "cpu":
         raise ValueError(f"run.device={target.run.device} is not tested with {recipe}: use run.device=cpu")
+    if target.reduce:
+        raise ValueError(f"rounded reductions ({target.reduce}) are not supported by {recipe}: leave out reduce")
     if (target.folder / PLAN).is_file():
         raise ValueError(
             f"model={target.model.name} already has a plan of dropped reductions ({PLAN}): "
@@ -148,11 +151,14 @@ def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
     """Return the lists of numbers in the JSON lines ``file``; none if it does not exist.
 
     The first line of the file is the record of the run that wrote it, and is not returned.  Raises ValueError if this
-    record differs from ``about``.  A half-written last line is ignored.
+    record differs from ``about``, and for another line that is damaged.  A half-written last line is ignored.
     """
     if not file.is_file():
         return []
-    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it; the same command measures again") from error
     if lines and (changed := changed_keys(lines[0], about)):
         raise ValueError(f"{file.parent} has a run with other values of {', '.join(changed)}: use another out=")
     return lines[1:]
@@ -163,7 +169,4 @@ def write_lines(file: Path, values: Iterable[object]) -> None:
 
     A run that is killed meanwhile leaves an earlier file unchanged.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
-    partial.replace(file)
+    write_text(file, "".join(json.dumps(value) + "\n" for value in values))

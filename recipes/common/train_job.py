@@ -161,6 +161,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
 
 
 def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
+    if target.reduce:
+        raise ValueError(f"rounded reductions ({target.reduce}) are for inference: leave out reduce")
     if settings.mlp_rows and target.shape.mixture:
         raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
     if settings.hardware:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longctx import checkpoint_index
@@ -15,8 +14,9 @@ from recipes.common.cli import say
 from recipes.common.divergence import refuse_diverged_step
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
-from recipes.common.train_report import Measured, RunResult
+from recipes.common.train_report import Measured, RunResult, TrainedStep
 from recipes.common.train_setup import build_state, context_parallel
+from recipes.common.train_text import FaultyText, TrainingText, held_out_text
 
 if TYPE_CHECKING:
     from longctx.data.batches import Batch
@@ -48,21 +48,6 @@ class Start:
     run_id: str | None = None
 
 
-@dataclass(frozen=True)
-class TrainedStep:
-    """One step: its number, its figures, the data's resume state after it, and whether the run ends with it.
-
-    ``figures`` has metrics by name; a value that is not known is None.  ``memory`` has the bytes by part at the peak of
-    the rank with the largest one, None if they were not counted.
-    """
-
-    step: int
-    figures: dict[str, float | None]
-    data: State
-    ends_run: bool
-    memory: Mapping[str, int] | None = None
-
-
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
     """Train on one rank, from the last checkpoint on; every rank runs this, and the caller uses the first's result.
 
@@ -81,7 +66,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         progress.start("loading", None)
         state = build_state(runtime, job)
         start = resume(state, job, report)
-        checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep, start.step)
+        checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep, start.step, report)
         # 2. Open the run's record.
         tracker, run_id = _open_record(job, start, report, first)
         # 3. Train; save at regular steps and at the end.
@@ -90,7 +75,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         for done in _saving_first(train_steps(state, runtime, timer, job, start, stop), checkpoints):
             tracker.log(done.figures, done.step)
             refuse_diverged_step(done.step, done.figures, checkpoints, job.out / "checkpoints", job.target.model.dtype)
-            measured = measured.after(done.figures["step_s"], done.memory, done.figures.get("offloaded_bytes"))
+            measured = measured.after(done)
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
@@ -109,10 +94,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
 
 
 def _saving_first(steps: Iterator[TrainedStep], checkpoints: Checkpoints) -> Iterator[TrainedStep]:
-    """Yield ``steps``; before an error of the text leaves them, complete the checkpoint that is being written.
-
-    All ranks read the same text, so all of them come here.
-    """
+    """Yield ``steps``; before a `FaultyText` of all ranks leaves them, complete the checkpoint in progress."""
     try:
         yield from steps
     except FaultyText:
@@ -182,60 +164,41 @@ def train_steps(
     """Train from ``start`` to the last step or the end of the text; yield each step when it is done.
 
     Every rank iterates.  Held-out text is evaluated every ``evaluate.every`` steps and after the last step.  A request
-    to stop ends the run after the current step, without an evaluation that is not due.
+    to stop ends the run after the current step, without an evaluation that is not due.  So does a fault of the text
+    that a rank reads next: then every rank raises `FaultyText`, after the step was yielded.
     """
     from longctx.attention.backends import checked_kernel
-    from longctx.data.batches import left_out, training_batches
-    from longctx.data.packing import refuse_nothing_to_learn
-    from longctx.hf.config import tokenizer_of
+    from longctx.data.batches import left_out
     from longctx.train.memory import memory_meter
     from longctx.train.meter import Meter
 
-    target, settings = job.target, job.settings
-    dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
+    target = job.target
     # 1. How sequences are sharded and attended to, and how a step is measured.
     dtype, head_dim = target.model.dtype, target.shape.head_dim
     kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
     parallelism = context_parallel(runtime, state, job, kernel)
     meter = Meter(target.shape, target.mesh.ranks, runtime.device, timer, job.peak_flops)
     # 2. The text.
-    held_out = _held_out(job, dp_rank, dp_size)
-    batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size, target.shape.end_tokens)
-    remaining = mark_last(islice(_read(batches(start.data)), settings.steps - start.step))
+    held_out, step = held_out_text(job, runtime), start.step
+    text = TrainingText(job, runtime, step, start.data)
     # 3. Step by step.
-    for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
-        with _text_errors():
-            refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
+    for step, batch, data, ends_text in text:
         # Count the bytes of the second step: in the first one, the optimizer's moments do not exist yet.
         memory = memory_meter(state) if job.machine and step == start.step + 2 else None
         figures, peak = _train_one(state, batch, runtime, parallelism, meter, memory)
         figures |= {f"data/{name}": count for name, count in left_out(data).items()}
+        # After this, all ranks agree on whether the step is the last one.
+        stops = stop.agreed_on_all_ranks(runtime.world, runtime.device, fault=text.fault is not None)
+        if is_last := ends_text and not stop.has_fault:
+            stop.agreed_on = False  # the run ends by itself
         if held_out and (is_last or step % job.evaluation.every == 0):
             figures |= evaluate_held_out(state, held_out, runtime, parallelism, job)
-        ends_run = is_last or stop.agreed_on_all_ranks(runtime.world, runtime.device)
-        yield TrainedStep(step, figures, data, ends_run, peak)
+        ends_run = is_last or stops
+        yield TrainedStep(step, figures, data, ends_run, batch.documents, peak)
         if ends_run:
             break
     stop.over()
-
-
-class FaultyText(ValueError):
-    """The text cannot be read any further, or a batch of it has nothing to learn from; every rank raises this."""
-
-
-@contextmanager
-def _text_errors() -> Iterator[None]:
-    """Turn a ValueError of the block into a `FaultyText`."""
-    try:
-        yield
-    except ValueError as error:
-        raise FaultyText(str(error)) from error
-
-
-def _read(batches: Iterable[Item]) -> Iterator[Item]:
-    """Yield ``batches``; raise `FaultyText` for a ValueError of theirs."""
-    with _text_errors():
-        yield from batches
+    text.refuse_fault(stop, step)
 
 
 def _train_one(
@@ -263,27 +226,6 @@ def _train_one(
     figures |= {"offloaded_bytes": parallelism.offload.peak} if parallelism.offload else {}
     figures |= cost.figures()
     return figures, memory.largest_peak(runtime.world, runtime.device) if memory else None
-
-
-def mark_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-    """Yield each of ``items`` with True if it is the last, else False; this reads one item ahead."""
-    pending: list[Item] = []
-    for item in items:
-        if pending:
-            yield pending.pop(), False
-        pending.append(item)
-    for item in pending:
-        yield item, True
-
-
-def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
-    from longctx.data.batches import training_batches
-    from longctx.hf.config import tokenizer_of
-
-    if not job.test:
-        return []
-    batches = training_batches(job.test, tokenizer_of(job.target.folder), dp_rank, dp_size, job.target.shape.end_tokens)
-    return [batch for batch, _ in islice(batches(None), job.evaluation.batches)]
 
 
 def evaluate_held_out(

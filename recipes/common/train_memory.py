@@ -18,8 +18,8 @@ def predict_memory(job: TrainJob) -> dict[str, float]:
     return step_bytes(target.shape, target.mesh, step_work(job), target.context.strategy, Numbers(element, element))
 
 
-def step_work(job: TrainJob) -> StepWork:
-    """Return the cost model's `StepWork` of ``job``: length, batch, and the settings that save memory."""
+def step_work(job: TrainJob, documents: tuple[tuple[int, ...], ...] = ()) -> StepWork:
+    """Return the cost model's `StepWork` of ``job``, with the settings that save memory; ``documents`` are its own."""
     settings = job.settings
     return StepWork(
         job.data.length,
@@ -30,6 +30,7 @@ def step_work(job: TrainJob) -> StepWork:
         mlp_rows=settings.mlp_rows,
         offload=settings.offload is not None,
         operations="cuda" if job.target.run.device == "cuda" else "cpu",
+        documents=documents,
     )
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -16,12 +17,33 @@ from recipes.common.predicted import ELEMENT_BYTES, beside
 from recipes.common.train_job import TrainJob
 from recipes.common.train_memory import describe_memory, predict_memory, step_work
 
+if TYPE_CHECKING:
+    from longctx.data.stage import State
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """One step: its number, its figures, the data's resume state after it, and whether the run ends with it.
+
+    ``figures`` has metrics by name; a value that is not known is None.  ``documents`` has the lengths of the documents
+    in each sequence.  ``memory`` has the bytes by part at the peak of the rank with the largest one, None if they were
+    not counted.
+    """
+
+    step: int
+    figures: dict[str, float | None]
+    data: State
+    ends_run: bool
+    documents: tuple[tuple[int, ...], ...] = ()
+    memory: Mapping[str, int] | None = None
+
 
 @dataclass(frozen=True)
 class Measured:
     """Seconds of each of a run's last 100 steps, and the peak memory of a step in bytes by part (None: not counted).
 
-    ``steps`` counts the steps of this start.  ``offloaded`` are the most bytes of activations that the first rank had
+    ``steps`` counts the steps of this start.  ``documents`` has the lengths of the documents in each sequence of the
+    last step.  ``offloaded`` are the most bytes of activations that the first rank had
     offloaded at once (None: it offloads none).  The first step warms up, and a step whose bytes are counted is slower:
     their seconds are left out.
     """
@@ -30,13 +52,18 @@ class Measured:
     seconds: tuple[float, ...] = ()
     memory: Mapping[str, int] | None = None
     offloaded: float | None = None
+    documents: tuple[tuple[int, ...], ...] = ()
 
-    def after(self, step_s: float | None, memory: Mapping[str, int] | None, offloaded: float | None) -> Measured:
-        """Return the figures after one more step, which took ``step_s`` seconds.
-
-        With ``memory`` None, the last count of bytes stays.
-        """
-        figures = replace(self, steps=self.steps + 1, memory=memory or self.memory, offloaded=offloaded)
+    def after(self, done: TrainedStep) -> Measured:
+        """Return the figures after the step ``done``; if its bytes were not counted, the last count stays."""
+        memory, step_s, offloaded = done.memory, done.figures["step_s"], done.figures.get("offloaded_bytes")
+        figures = replace(
+            self,
+            steps=self.steps + 1,
+            memory=memory or self.memory,
+            offloaded=offloaded,
+            documents=done.documents,
+        )
         if self.steps == 0 or memory or step_s is None:
             return figures
         return replace(figures, seconds=(*self.seconds[-99:], step_s))
@@ -56,14 +83,17 @@ class RunResult:
     measured: Measured = Measured()
 
 
-def predict_step(job: TrainJob) -> float | None:
-    """Return the predicted seconds of a training step; None without constants of a machine, or with offload."""
+def predict_step(job: TrainJob, documents: tuple[tuple[int, ...], ...]) -> float | None:
+    """Return the predicted seconds of a training step; None without constants of a machine, or with offload.
+
+    ``documents`` has the lengths of the documents in each sequence.
+    """
     if job.machine is None or job.settings.offload:
         return None
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
     share = len(target.plan.dropped) / target.shape.layers if target.plan and target.mesh.tp > 1 else 0.0
     numbers, strategy = Numbers(size, size, share), target.context.strategy
-    return step_cost(target.shape, target.mesh, job.machine, step_work(job), strategy, numbers).seconds
+    return step_cost(target.shape, target.mesh, job.machine, step_work(job, documents), strategy, numbers).seconds
 
 
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
@@ -72,7 +102,7 @@ def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
     A last row has the offloaded bytes, without a prediction.  A figure that was not measured has no row; nor has the
     time without a prediction.
     """
-    table_rows, predicted = list[tuple[str, str]](), predict_step(job)
+    table_rows, predicted = list[tuple[str, str]](), predict_step(job, measured.documents)
     if predicted is not None and measured.seconds:
         seconds = median(measured.seconds)
         table_rows.append(("time of a step", f"{seconds:.3g} s{beside(seconds, {'step_s': predicted}, 'step_s')}"))

@@ -80,7 +80,10 @@ def refuse_no_room(job: TrainJob) -> None:
     existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
     per_weight = 4 if job.lora.rank else BYTES_PER_WEIGHT  # with adapters, the optimizer's state is small
     needed = weights_of(job.target.shape) * per_weight * max(1, job.saving.keep + 1 - existing)
-    if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
+    # A killed run leaves a partial checkpoint, which this run removes when it starts.
+    partial_folders = (job.out / "checkpoints").glob(f"step-*{checkpoint_index.PARTIAL}*")
+    removed = sum(file.stat().st_size for folder in partial_folders for file in folder.rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(nearest_existing(job.out)).free + removed) < needed:
         raise ValueError(
             f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints still to be written take "
             f"{needed / 1e9:.2f} GB at once: use another disk, or a lower checkpoint.keep"

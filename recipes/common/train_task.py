@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from recipes.common.cli import on_ranks, warm_up_ranks
+from recipes.common.cli import on_ranks, say, warm_up_ranks
 from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.train_job import TrainJob, refuse_offload_folder
@@ -33,6 +33,8 @@ def train(config: DictConfig, recipe: str, prepare: Callable[[DictConfig], Train
     job = prepare(config)
     refuse_offload_folder(job.settings.offload)  # here, since a login node may not have the folder
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
+    if job.config["dropped"]:
+        say("blocks drop a reduction: checkpoints can be trained further, but recipes.export does not support them")
     with record(config, recipe, [job.weights] if job.weights else []):
         begin_run(job)
         result = on_ranks(job.target.mesh, run_rank, job)

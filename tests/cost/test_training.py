@@ -7,9 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from longctx.config import Mesh
+from longctx.cost.forward import Numbers
+from longctx.cost.step import StepWork, step_cost
 from longctx.cost.training import count_pairs, mfu, train_flops, train_flops_by_part
 from longctx.hf.config import shape_of
 from longctx.model_shape import Experts, ModelShape
+from recipes.common.hardware_file import read_machine
 from tests.tiny import tiny_model
 
 # The paper does not give the vocabulary size: the figures of its versions fit 32,000, not Llama 3's 128,256.
@@ -101,3 +105,16 @@ def test_torch_flop_counter_agrees(tmp_path):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids).logits.sum().backward()
     assert counter.get_total_flops() == train_flops(shape_of(folder), [tokens], causal=False)
+
+
+def test_tokens_attend_within_their_document():
+    """Documents shorten attention; other parts of a step stay as they are."""
+    shape, machine, mesh = LLAMA3_8B, read_machine("h200"), Mesh(ring=8)
+    whole, cut, mixed = (
+        step_cost(shape, mesh, machine, StepWork(65536, 1, documents=documents), "pass_kv", Numbers(2, 2)).parts
+        for documents in ((), ((2048,) * 32,), ((65536,), (2048,) * 32, ()))
+    )
+    assert cut["attention"] < 0.2 * whole["attention"] and cut["products"] == whole["products"]
+    assert mixed["attention"] == pytest.approx((whole["attention"] + cut["attention"]) / 2)
+    one = step_cost(shape, mesh, machine, StepWork(65536, 1, documents=((65536,),)), "pass_kv", Numbers(2, 2)).parts
+    assert one == whole

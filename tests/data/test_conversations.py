@@ -20,6 +20,21 @@ TEMPLATE = (
 )
 END = 256
 ENDS = (END,)
+# In the manner of Phi-3: an end after each message, and another one after the conversation.
+PHI3 = (
+    "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content + '<end>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% else %}{{ '<eos>' }}{% endif %}"
+)
+# In the manner of GLM-4: the beginning of the next question is the end of an answer.
+GLM4 = (
+    "{% for m in messages %}{{ '<' + m.role + '>\\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% endif %}"
+)
+# In the manner of DeepSeek-R1's distilled models: a generated answer begins with reasoning, a given one has none.
+THINK = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content.split('</think>')[-1] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant><think>\\n' }}{% endif %}"
+)
 
 
 def chat(*contents: str) -> dict:
@@ -85,8 +100,31 @@ def test_messages_of_weight_0_and_messages_after_the_last_answer_are_not_learned
     assert tokenizer.decode(got.tokens).endswith("second<end>")
 
 
+@pytest.mark.parametrize(("template", "end"), [(PHI3, "<end>"), (GLM4, "<user>")], ids=["Phi-3", "GLM-4"])
+def test_answer_ends_at_the_first_end_token_that_follows_it(template, end):
+    tokenizer = tiny_tokenizer(eos_token="<eos>", extra_special_tokens=["<end>", "<user>"], chat_template=template)
+    ends = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end))
+    row = chat("a", "first", "b", "second")
+    got = tokenize_conversation(messages_of(row), tokenizer, ends)
+    assert texts_of(got, tokenizer) == [f"first{end}", f"second{end}"]
+    prompt = tokenizer.apply_chat_template(row["messages"][:3], add_generation_prompt=True, return_dict=True)
+    assert list(got.tokens[: got.answers[1][0]]) == prompt["input_ids"]
+    row["messages"][1]["weight"] = 0
+    assert texts_of(tokenize_conversation(messages_of(row), tokenizer, ends), tokenizer) == [f"second{end}"]
+    with pytest.raises(ValueError, match=r"message 2 with an end token of the model .* inside its text: take it out"):
+        tokenize_conversation(messages_of(chat("a", f"b{end}c")), tokenizer, ends)
+
+
+def test_null_counts_as_a_missing_key():
+    """As datasets.to_json writes it, for example for every message as soon as one has a weight."""
+    messages = [{**message, "weight": None} for message in chat("a", "b")["messages"]]
+    assert messages_of({"messages": messages}) == messages_of(chat("a", "b"))
+    assert messages_of({"messages": None, "prompt": "a", "completion": "b"}) == messages_of(chat("a", "b"))
+
+
 REFUSED = {
     "role": ({"messages": [{"role": "bot", "content": "a"}]}, r'message 1 of role "bot": use system, '),
+    "no role": ({"messages": [{"content": "a"}]}, r"message 1 of role null: use system, "),
     "form": ({"text": "a"}, r'has no "messages" .* and no "prompt" with "completion": write'),
     "list": ([1], "is not a JSON object of the form"),
     "string": ({"messages": ["a"]}, "message 1 that is not a JSON object"),
@@ -95,6 +133,7 @@ REFUSED = {
     "tools": ({"tools": [{}], **chat("a", "b")}, "has tools, which are not implemented"),
     "calls": ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, 'with "tool_calls", which is not'),
     "weight": ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, '"weight" 0.5: use 0 or 1'),
+    "weight text": ({"messages": [{"role": "user", "content": "a", "weight": "1"}]}, '"weight" "1": use 0 or 1'),
     "empty": (chat("a", " "), "has an empty answer, message 2"),
     "no answer": (chat("a"), "has no assistant message to learn from"),
     "answer first": ({"messages": chat("a", "b")["messages"][1:]}, "begins with an assistant message"),
@@ -116,13 +155,19 @@ def test_conversation_that_cannot_be_learned_is_refused_by_its_line(row, words, 
 
 TEMPLATES = {
     "earlier answers differ": (
-        "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}<end>{% endfor %}",
-        "message 2, that the chat template writes differently",
+        "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}!{% endif %}"
+        "{{ m.content }}<end>{% endfor %}",
+        "message 2, that the chat template writes differently .*: write one line per answer.*, or set model",
+    ),
+    "generated answers differ": (
+        THINK,
+        r"message 2, that the chat template does not write after .* a generated answer "
+        r"\(...'.*<assistant><think>\\n'\), .*: set model.chat_template=FILE",
     ),
     "no end of a turn": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
         "{% endif %}",
-        r"message 2 that the chat template does not close with an end token of the model \('<end>'\)",
+        r"message 2 that the chat template does not close with an end token of the model \('<end>'\): add .* or set",
     ),
     "an error": ("{{ raise_exception('roles must alternate') }}", r"chat template \(TemplateError: roles must altern"),
     "no template": (
@@ -176,6 +221,27 @@ def test_split_conversations_have_no_padding_and_learn_every_token_of_an_answer_
 def test_run_resumes_after_every_batch(settings, tokenizer, write):
     data = write(chats(11), **{"batch": 2, "epochs": None, "on_error": "skip", **settings})
     assert_resumes(training_batches(data, tokenizer, ends=ENDS), 7)
+
+
+def test_length_that_would_change_the_shuffle_windows_is_refused(tokenizer, write, caplog):
+    """With on_error=skip, conversations that are too long are in no window; stop has left none out."""
+    rows, long = [chat("a" * n, "b") for n in range(8)], [chat("a" * (60 + n), "b") for n in range(4)]
+    mixed = [row for pair in zip(rows, [*long, *long], strict=True) for row in pair]
+    for settings, content in (({"on_error": "skip"}, mixed), ({}, rows)):
+        settings |= {"shuffle": 4, "length": 48}
+        data = write(content, **settings)
+        states = [state for _, state in take(training_batches(data, tokenizer, ends=ENDS))]
+        for length in (47, 97):
+            other = training_batches(write(content, **settings | {"length": length}), tokenizer, ends=ENDS)
+            if content is rows and length == 97:
+                assert len(take(other, state=states[0])) < len(states)
+                continue
+            with pytest.raises(ValueError, match=r"data\.length=48: with data\.shuffle=4, .* use this length, or"):
+                take(other, 1, states[0])
+    assert "(in a new run, data.conversations=split would cut it" in caplog.text
+    in_order = write(mixed, on_error="skip", length=48)
+    ((_, state),) = take(training_batches(in_order, tokenizer, ends=ENDS), 1)
+    assert take(training_batches(write(mixed, on_error="skip"), tokenizer, ends=ENDS), state=state)
 
 
 def test_state_of_a_cut_conversation_is_refused_by_whole_ones(tokenizer, write):

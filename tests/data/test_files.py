@@ -7,6 +7,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from longctx.config import TextSource
+from longctx.data.files import paths_of
 from tests.data.texts import assert_resumes, given_texts, pages, read_documents, take, write_source
 
 
@@ -25,6 +26,29 @@ def test_pattern_reads_its_matches_in_the_order_of_their_names(byte_tokenizer, t
     (tmp_path / "sub" / "d.md").write_text("d.md")
     items = take(read_documents(TextSource(path=str(tmp_path / "**" / "*.md")), byte_tokenizer))
     assert given_texts(items, byte_tokenizer) == ["a.md", "b.md", "d.md"]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """Links to a folder outside, to the folder itself (a loop), to a folder inside, and to a folder that is gone."""
+    data, far = tmp_path / "data", tmp_path / "far" / "deep"
+    for file in (data / "z" / "own.txt", far / "far.txt", data / ".git" / "hidden.txt"):
+        file.parent.mkdir(parents=True)
+        file.write_text(file.name)
+    for name, place in {"linked": far.parent, "loop": data, "a": data / "z", "gone": tmp_path / "gone"}.items():
+        (data / name).symlink_to(place)
+    assert paths_of(str(data)) == [data / "linked" / "deep" / "far.txt", data / "z" / "own.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["*.txt", "**/*.txt", "[ab].txt"])
+def test_brackets_in_the_folder_of_a_pattern_are_literal(tmp_path, monkeypatch, pattern):
+    folder = tmp_path / "br[v1]"
+    folder.mkdir()
+    (folder / "a.txt").touch()
+    assert paths_of(f"{folder}/{pattern}") == [folder / "a.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert [str(path) for path in paths_of(f"br[v1]/{pattern}")] == ["br[v1]/a.txt"]
+    monkeypatch.chdir(folder)
+    assert [str(path) for path in paths_of(pattern)] == ["a.txt"]
 
 
 def test_byte_order_marks_line_ends_and_blank_lines_are_removed(byte_tokenizer, tmp_path):

@@ -57,6 +57,18 @@ def test_settings_that_cannot_run_are_refused_before_any_rank_starts(prepared, m
     assert words in str(refused.value)
 
 
+def test_chat_template_must_have_a_use_and_be_the_same_in_all_variants(prepared, tiny, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jinja").write_text("{% for m in messages %}" + name + "{{ m.content }}{% endfor %}")
+    chat = ("eval.chat=true", f"model.chat_template={tmp_path}/a.jinja")
+    with pytest.raises(ValueError, match=r"eval\.chat changes nothing in wikitext: use eval\.chat=false"):
+        prepared(*chat, "eval.tasks=[wikitext]")
+    other = f"variants=[{{name: other, model: {{chat_template: {tmp_path}/b.jinja}}}}]"
+    with pytest.raises(ValueError, match="variant other has another chat template than the baseline"):
+        prepared(*chat, other)
+    assert prepared(*chat, "variants=[{name: ring, mesh: {ring: 2}}]")
+
+
 def test_folders_that_no_task_or_variant_uses_are_refused(prepared, tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     with pytest.raises(ValueError, match=r"eval.include=.* is not used: name some of its tasks in eval.tasks"):
@@ -150,6 +162,10 @@ def test_all_files_of_data_are_read_for_the_manifest(prepared):
 
 def test_slurm_job_gets_the_folder_of_data_and_one_number_of_ranks(base_config, sets):
     assert pinned(base_config) == (f"eval.data={sets.resolve()}",)
+    (sets.parent / "real,one").mkdir()
+    quoted = base_config.copy()
+    quoted.eval.data = str(sets.parent / "real,one")
+    assert pinned(quoted) == (f'eval.data="{sets.parent}/real,one"',), "no list of two values"
     config = base_config.copy()
     config.mesh.ring, config.variants = 2, [{"name": "a", "mesh": {"ring": 3}}]
     with pytest.raises(ValueError, match="the job starts 2 ranks, but variant a has 3: give all variants 2"):

@@ -1,5 +1,6 @@
 """The fingerprint of a model changes with any byte of its weights, and each file is read once."""
 
+import errno
 import json
 import os
 import shutil
@@ -94,6 +95,38 @@ def test_a_damaged_cache_is_replaced(model, tmp_path, content, reads):
     (tmp_path / "digests.json").write_text(content)
     first = sha256_of_files([model / "model.safetensors"], tmp_path)
     assert first == sha256_of_files([model / "model.safetensors"], tmp_path) and len(reads) == 1
+
+
+def test_a_full_disk_and_a_foreign_lock_are_no_fault(model, tmp_path, monkeypatch, reads):
+    make_old(model / "model.safetensors")
+    (tmp_path / "cache" / "digests.lock").mkdir(parents=True)  # stands for a lock that this user must not open
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "write_text", fail)
+        first = fingerprint(model, str(tmp_path / "cache"))
+    for _ in range(2):
+        assert fingerprint(model, str(tmp_path / "cache")) == first
+    assert reads == ["model.safetensors"] * 2, "the second run remembers the digest"
+
+
+def test_other_files_are_not_waited_for(tmp_path, monkeypatch):
+    """While one process reads a file, a second one reads another; both digests are remembered."""
+    files, read, cache = [tmp_path / "a", tmp_path / "b"], digests._sha256, tmp_path / "cache"
+    for file in files:
+        file.touch()
+        make_old(file)
+
+    def read_both(path):
+        if path == files[0]:
+            sha256_of_files(files[1:], cache)
+        return read(path)
+
+    monkeypatch.setattr(digests, "_sha256", read_both)
+    sha256_of_files(files[:1], cache)
+    assert set(json.loads((cache / "digests.json").read_text())) == {str(file) for file in files}
 
 
 def test_a_cache_that_cannot_be_made_is_not_needed(model, tmp_path):

@@ -39,10 +39,11 @@ def tensors() -> dict[str, Tensor]:
     return {name: torch.randn_like(x) for name, x in state.items() if name != "lm_head.weight"}
 
 
-def write(
-    file: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Tensor] | None = None, **metadata: float
-) -> Path:
-    """Write a GGUF file of `CONFIG` with a byte tokenizer; ``metadata`` has more keys, "." as "__"."""
+def write(file: Path, tensors: Mapping[str, Tensor], ends: Mapping[str, int] | None = None, **metadata: float) -> Path:
+    """Write a GGUF file of `CONFIG` with a byte tokenizer; ``metadata`` has more keys, "." as "__".
+
+    ``ends`` has end tokens besides that of a text, by their names in keys.
+    """
     writer = GGUFWriter(file, "qwen2")
     writer.add_context_length(CONFIG.max_position_embeddings)
     writer.add_embedding_length(CONFIG.hidden_size)
@@ -61,6 +62,8 @@ def write(
     writer.add_token_types([1] * 257 + [3])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(257)
+    for name, token in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     for name, tensor in tensors.items():
         writer.add_tensor(reduce(lambda x, pair: x.replace(*pair), NAMES.items(), name), tensor.numpy())
     writer.write_header_to_file()
@@ -87,6 +90,19 @@ def test_folder_has_the_tensors_and_the_tokenizer(tensors: dict[str, Tensor], tm
     assert len(lines) == 1 and "converting tiny.gguf" in lines[0]
     write(tmp_path / "tiny.gguf", {name: 2 * x for name, x in tensors.items()})
     assert locate(replace(model)) != folder
+
+
+def test_all_end_tokens_of_the_file_end_an_answer(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    file = write(tmp_path / "tiny.gguf", tensors, ends={"eot": 256, "eom": 257})
+    assert shape_of(locate(source_of(file))).end_tokens == (257, 256)
+
+
+def test_folder_of_an_earlier_conversion_is_not_used_again(tensors, tmp_path, monkeypatch) -> None:
+    model = source_of(write(tmp_path / "tiny.gguf", tensors))
+    monkeypatch.setattr("longctx.hf.locate.CONVERSION", 1)
+    earlier = locate(model)
+    monkeypatch.undo()
+    assert locate(model) != earlier
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """A model's settings become a folder, a shape and end tokens; unsupported architectures are refused."""
 
+import errno
 import hashlib
 import json
+import stat
 import subprocess
 import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 from transformers import (
     DeepseekV3Config,
@@ -170,6 +174,18 @@ def test_chat_template_replaces_that_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changed", "same"), [({}, True), ({"max_positions": 97}, True), ({"max_positions": 60}, False)]
+)
+def test_fingerprint_changes_only_with_a_field_of_config(tmp_path, changed, same):
+    """The source's config.json has another indent than longctx writes."""
+    source = tiny_model(tmp_path / "tiny", max_positions=97)
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()), indent=4))
+    (tmp_path / "other.jinja").write_text("<{{ messages[0].content }}>")
+    model = ModelSource("tiny", source=str(source), cache=str(tmp_path), chat_template=str(tmp_path / "other.jinja"))
+    assert (fingerprint(locate(replace(model, **changed))) == fingerprint(source)) == same
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"{% if %}", "is not a Jinja template: "), (b"\xff", "cannot be read: .*; give a file of UTF-8 text"),
@@ -191,12 +207,60 @@ def test_config_that_is_not_json_is_refused(tmp_path):
         shape_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nosuch/model", "not a/hub name"])
-def test_name_that_the_hub_lacks_is_refused(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize("place", ["", "model", "checkpoints", "checkpoints/step-00000020"])
+def test_folders_of_a_training_run_are_refused_with_the_export(tmp_path, place):
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").touch()
+    tiny_model(run / "model", max_positions=97)
+    (run / "model" / "model.safetensors").unlink()
+    given = checkpoint if place.startswith("checkpoints/") else run
+    export = rf"python -m recipes\.export checkpoint={given} to={run}/hf, then give model={run}/hf"
+    with pytest.raises(ValueError, match=export):
+        tensor_files(locate(ModelSource("run", source=str(run / place))))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nosuch/model", r"the hub cannot be reached \(OfflineModeIsEnabled\): download it .* HF_HUB_OFFLINE=1"),
+        ("not a/hub name", "is neither a local folder.*give .* a folder, or a hub name"),
+    ],
+)
+def test_name_that_the_hub_does_not_give_offline_is_refused(monkeypatch, tmp_path, name, words):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=f"model={name} is neither a local folder.*give .* a folder, or a hub name"):
+    with pytest.raises(ValueError, match=f"model={name} .*{words}"):
         locate(ModelSource("far", source=name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("GatedRepoError", 403, r"accept its terms at https://huggingface\.co/org/far, then log in with hf auth login"),
+        ("HfHubHTTPError", 401, "accept its terms at .*hf auth login"),
+        ("RepositoryNotFoundError", 401, "nor a public model of the hub: give .*hf auth login"),
+        ("HfHubHTTPError", 503, "the hub cannot be reached"),
+    ],
+)
+def test_fault_of_the_hub_says_what_to_do(monkeypatch, kind, status, words):
+    def refuse(*_, **__):
+        error = getattr(errors, kind)
+        raise error("refused", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=f"model=org/far.*{words}"):
+        locate(ModelSource("far", source="org/far"))
+
+
+def test_full_disk_is_no_fault_of_the_hub(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(OSError, match="No space left on device: 'blob'"):
+        locate(ModelSource("far", source="org/far"))
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "tests/nothing"])
@@ -282,5 +346,18 @@ def test_message_of_pip_is_in_the_error(wheel, monkeypatch):
 
 def test_cache_that_cannot_be_made_is_refused(wheel, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"model\.cache=.*file/cache cannot be made"):
+    with pytest.raises(ValueError, match=r"model\.cache=.*file/cache cannot be written"):
         locate(replace(wheel[0], cache=str(tmp_path / "file" / "cache")))
+
+
+def test_finished_folder_needs_no_lock(wheel):
+    """A folder in place of the lock stands for a lock that this user must not open."""
+    model, lock = wheel[0], Path(wheel[0].cache, "tiny.lock")
+    first = locate(model)
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o666
+    lock.unlink()
+    lock.mkdir()
+    assert locate(model) == first
+    (first / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.cache=.*cannot be written: .*tiny\.lock'; give a writable folder"):
+        locate(model)

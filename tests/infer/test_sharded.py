@@ -21,6 +21,7 @@ from longctx.infer.prefill import run_pass, run_replicated
 from longctx.infer.session import Session
 from longctx.infer.session_index import read_index
 from longctx.infer.store import load, save
+from longctx.megatron.few_rows import linear
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, Shape
@@ -300,6 +301,6 @@ def test_strategy_is_chosen_for_each_number_of_sequences(runtime, tiny):
 def test_rates_are_the_same_on_all_ranks(monkeypatch):
     monkeypatch.setitem(probe._SIDE, "cpu", 32)
     cpu = torch.device("cpu")
-    first, second = run_threads(2, lambda world, rank: probe_decode(world.group(rank), torch.float32, cpu))
+    first, second = run_threads(2, lambda world, rank: probe_decode(world.group(rank), torch.float32, cpu, linear))
     assert first == second
     assert first.weight_bytes_per_s > 0 and first.flops > 0 and first.exchange.bytes_per_s > 0

@@ -198,3 +198,13 @@ def test_lost_peer_is_reported_without_its_traceback():
 def test_garbage_collection_in_a_rank_ignores_what_the_server_has_imported():
     [(enabled, ignored, others)] = run_ranks(1, garbage_collection)
     assert enabled and ignored > 100_000 and others < 10_000
+
+
+def test_long_tmpdir_does_not_break_the_sockets_of_ranks(tmp_path):
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    code = "from longctx.parallel.launch import _choose_temp_dir; from multiprocessing.util import get_temp_dir; "
+    code += "_choose_temp_dir(); print(get_temp_dir())"
+    environment = {**os.environ, "TMPDIR": str(long)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("/tmp/pymp-")

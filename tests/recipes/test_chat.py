@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,19 @@ def test_conversation_is_saved_after_every_turn(config_of, tiny, tmp_path):
         chat.prepare(config_of("chat", *words[:2], f"session.load={folder}", "mesh.tp=3", "reduce=int8"))
 
 
+def run_with_shown_turns_in(file, rank, job):
+    chat.show_turn = lambda number, _: file.write_text(f"turn {number}")
+    chat.run_rank(rank, job)
+
+
+def test_turn_that_cannot_be_saved_is_printed(config_of, tiny, turns, tmp_path):
+    (tmp_path / "turns.json.partial").mkdir()  # in the way of the file to write
+    job = chat.prepare(config_of("chat", f"model={tiny}", f"turns={turns}", f"out={tmp_path}/turns.json"))
+    with pytest.raises(RankFailed, match=r"raised IsADirectoryError: .*turns\.json'"):
+        run_ranks(1, partial(run_with_shown_turns_in, tmp_path / "shown"), job)
+    assert (tmp_path / "shown").read_text() == "turn 1"
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_error_of_the_computation_is_forgotten_on_one_rank_only(tiny, ranks):
     """Several ranks may be at different places when one fails."""
@@ -164,6 +178,7 @@ def test_error_of_the_computation_is_forgotten_on_one_rank_only(tiny, ranks):
         def __init__(self):
             shape, tp = SimpleNamespace(end_tokens=(), layers=2), SimpleNamespace(size=ranks)
             self.sequences, self.engine = {}, SimpleNamespace(ranks=1, tp=tp, shape=shape)
+            self.context = SimpleNamespace(chunk=None)
             self.sampling = Sampling()
 
         def refuse(self, *_):

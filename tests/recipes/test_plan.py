@@ -314,7 +314,15 @@ def test_a_report_decides_which_share_of_blocks_may_drop(cli, tmp_path):
     words = ("model=llama3_8b", "hardware=a100_lbw", "gpus=8", f"allowed_drop={file}", f"out={tmp_path}/plans.json")
     code, out, err = cli(plan, plan.task, *words)
     assert code == 0, err
-    assert "up to 50% of the blocks may drop at mesh.tp=4 (dropped 50% repaired)" in " ".join((out + err).split())
+    shown = "up to 50% of the blocks of the repaired model hg1024 may drop at mesh.tp=4 (dropped 50% repaired)"
+    assert shown in " ".join((out + err).split())
+    assert read_allowed_drop(str(file), "llama3_8b").settings == (
+        "model=FOLDER spd=saved spd.budget=0.5, with the folder of hg1024"
+    )
+    for one in report["variants"].values():
+        one["repaired"] = False
+    file.write_text(json.dumps(report))
+    assert read_allowed_drop(str(file), "llama3_8b").settings == "spd=ranked spd.budget=0.5 spd.sensitivity=FILE"
     plans = json.loads((tmp_path / "plans.json").read_text())
     assert {one["mesh"]["tp"]: one["dropped"] for one in plans} == {1: 0.0, 2: 0.0, 4: 0.5, 8: 0.0}
     with pytest.raises(ValueError, match="a report on llama3_8b, not on tiny"):

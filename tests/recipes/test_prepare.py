@@ -114,6 +114,23 @@ def test_damaged_model_of_a_run_is_not_exported(inputs, config_of):
         export.prepare(config_of("export", *JOBS["export"][2]))
 
 
+def test_linked_and_copied_checkpoints_are_exported_with_their_run(inputs, config_of):
+    run, step = inputs / "train_ring", "step-00000004"
+    (run / "checkpoints" / step).rename(inputs / "archive")
+    (run / "checkpoints" / step).symlink_to(inputs / "archive")  # a link in a run
+    for name in ("train_ring", f"train_ring/checkpoints/{step}", f"train_ring/checkpoints/x/../{step}"):
+        place, _ = export.prepare(config_of("export", f"checkpoint={name}", "to=out/hf"))
+        assert export.model_of(place) == run / "model"
+    (run / "checkpoints" / step).unlink()
+    (inputs / "archive").rename(run / "checkpoints" / step)
+    (inputs / "best").symlink_to(run / "checkpoints" / step)  # a link into a run
+    place, _ = export.prepare(config_of("export", "checkpoint=best", "to=out/hf"))
+    assert export.model_of(place) == run / "model"
+    shutil.copytree(run / "checkpoints" / step, inputs / "far" / "old" / step)
+    with pytest.raises(ValueError, match=rf"together with .* to RUN/checkpoints/{step} and RUN/model, then give"):
+        export.prepare(config_of("export", f"checkpoint=far/old/{step}", "to=out/hf"))
+
+
 def test_run_of_another_tokenizer_is_refused(inputs, config_of):
     """The run's folder has a copy, which an export would write beside weights that were trained on other tokens."""
     config = config_of("extend", *JOBS["extend"][2])

@@ -1,5 +1,6 @@
 """recipes.pretrain: a run that is killed resumes with the same losses; wrong settings are refused."""
 
+import itertools
 import json
 import os
 import random
@@ -16,10 +17,15 @@ import pytest
 from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.hf.config import shape_of
+from longctx.parallel.launch import Rank, RankFailed, run_ranks
 from recipes import pretrain
-from recipes.common import divergence
+from recipes.common import divergence, train_text
+from recipes.common.cli import compose_config
 from recipes.common.overrides import CONFIGS
+from recipes.common.train_job import TrainJob
+from recipes.common.train_loop import run_rank
 from recipes.common.train_report import RunResult, show
+from recipes.common.train_resume import begin_run
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
@@ -238,6 +244,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["out=/proc/here"], r"out=/proc/here cannot be written \(.*\): give a writable folder"),
         (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: longctx trains without dropout"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
+        (["mesh.tp=2", "++reduce.attention=int8"], r"rounded reductions \(.*int8.*\) are for inference: leave out"),
         (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 is not after optim\.warmup=5"),
         (["optim.clip=-1"], r"clip=-1"),
         (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
@@ -276,6 +283,28 @@ def test_step_without_targets_is_named(cli, tmp_path):
     assert "the batch of step 2 has nothing to learn from" in err.splitlines()[-1]
 
 
+def read_until_a_fault(rank: Rank, job: TrainJob) -> RunResult:
+    """Train; on rank 1 alone, the text cannot be read after two batches, as if its connection broke."""
+    batches = train_text._batches
+
+    def broken(*args: object):
+        yield from itertools.islice(batches(*args), 2)
+        raise ValueError("row 7 cannot be read: repair it, or set data.on_error=skip")
+
+    if rank.rank == 1:
+        train_text._batches = broken
+    return run_rank(rank, job)
+
+
+def test_fault_of_one_rank_s_text_ends_all_ranks_and_saves_their_steps(tmp_path):
+    words = ("experiment=pretrain/tiny", f"out={tmp_path}/run", *QUICK, "mesh.ring=2", "evaluate.every=0")
+    job = pretrain.prepare(compose_config("pretrain", words))
+    begin_run(job)
+    with pytest.raises(RankFailed, match=r"row 7 cannot .*; the 2 steps before it are saved; a run that goes on takes"):
+        run_ranks(2, read_until_a_fault, job)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     """The figures of the last step are recorded, its weights are not saved."""
     more = ("steps=9", "optim.lr=1e25", "optim.warmup=0", "optim.clip=0", "checkpoint.every=1", "evaluate.every=1")
@@ -294,6 +323,11 @@ def test_full_disk_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
     assert "has 0.00 GB free, but the checkpoints still to be written take 0.02 GB at once: use another disk" in line
+    partial = tmp_path / "checkpoints" / "step-00000004.partial-1"
+    partial.mkdir(parents=True)
+    with (partial / "x").open("wb") as left:  # by a killed run; it is removed at the start
+        left.truncate(10**8)
+    assert pretrain.prepare(compose_config("pretrain", ["experiment=pretrain/tiny", f"out={tmp_path}"]))
 
 
 def test_number_of_weights_of_a_model(smollm2):

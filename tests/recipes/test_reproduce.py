@@ -96,6 +96,17 @@ def test_conversation_is_saved_beside_the_existing_session(write_run, monkeypatc
     assert commands[0][-2:] == [f"out={beside}/turns.json", f"session.save={beside}/session"]
 
 
+def test_run_given_by_its_file_writes_beside_it(write_run, monkeypatch):
+    commands = []
+    success = CompletedProcess((), 0)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: commands.append(words) or success)
+    folder = write_run("talked", "turns.v1.json", {"save": "talk", "load": None})
+    for name in ("turns.v1-again", "turns.v1-again-2"):
+        assert reproduce.run_again(f"{folder}/turns.v1.json") == f"{folder}/{name}.json"
+        assert commands[-1][-2:] == [f"out={folder}/{name}.json", f"session.save={folder}/{name}-session"]
+        Path(folder, f"{name}.json").touch()
+
+
 def test_run_that_overwrote_the_session_it_resumed_is_refused(write_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("it was run"))
     session = {"save": "talk", "load": str(Path(tmp_path, "x", "..", "talk"))}

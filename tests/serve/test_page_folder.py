@@ -13,7 +13,11 @@ ORIGIN = PageOrigin("a" * 16 + "-" + "b" * 16, "float32", "ring=2", 64)
 def test_other_servers_are_refused_with_what_differs(tmp_path):
     folder = tmp_path / "pages"
     folder.mkdir()
-    for name in (LOCK, f"{INDEX}.coming"):  # a server that was killed at its first start leaves them
+    for name in (
+        LOCK,
+        f"{INDEX}.partial",
+        f"{INDEX}.coming",
+    ):  # a server that was killed at its first start leaves them
         (folder / name).touch()
     refuse_other_pages(folder, ORIGIN, "cache.save=x")
     write_origin(folder, ORIGIN)

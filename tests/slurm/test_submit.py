@@ -229,6 +229,14 @@ def test_failing_squeue_refuses_a_folder_with_a_job_and_keeps_its_code(squeue, r
     assert (tmp_path / "run" / "code").is_dir()
 
 
+def test_damaged_number_of_a_job_is_named(squeue, refused, tmp_path):
+    squeue(0, "", "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.id").touch()
+    message = refused(*TINY, "launcher=local", "folder=run")
+    assert "run/job.id is damaged" in message and "then remove the file" in message
+
+
 def test_input_that_an_earlier_job_makes_may_be_missing(script):
     assert "--dependency=afterok:12:13" in script("recipe=export", "checkpoint=none", "to=there", "after=[12,13]")
 
@@ -265,6 +273,24 @@ def test_task_of_an_array_is_requeued_alone(squeue, script, tmp_path, monkeypatc
     text = script(*TINY, "seed=0,1", "launcher=local", "folder=run", "launcher.container=false")
     subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
     assert asked.read_text().split() == ["requeue", "12_1"]
+
+
+@pytest.mark.parametrize(("restarts", "requeued"), [(None, False), ("1", True)])
+def test_refused_settings_are_final_at_the_first_start_only(squeue, script, tmp_path, monkeypatch, restarts, requeued):
+    """A later exit code of 2 comes from a machine or a network that fails."""
+    squeue(0, "RUNNING", "")
+    for name, line in {"scontrol": f"touch {tmp_path}/asked", "refuses": "exit 2"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    text = script(*TINY, "launcher=local", "folder=run", f"launcher.container={tmp_path}/bin/refuses")
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
+    assert (tmp_path / "asked").exists() == requeued
+    assert ("the recipe refused its settings: not requeued" in done.stdout) != requeued
+    assert done.returncode == (0 if requeued else 2) and "bad substitution" not in done.stderr
 
 
 def test_failing_run_here_ends_with_its_own_code_and_requeues_nothing(squeue, tmp_path, monkeypatch):

@@ -95,6 +95,11 @@ def test_runs_of_a_sweep_save_sessions_of_their_own(script, tmp_path):
     assert re.search(r"1\) words\+=\(.*session\.save=\S*talk/1", shown)
 
 
+@pytest.mark.parametrize("word", ["a,b", "'a,b'", '"a,b"'])
+def test_several_partitions_are_one_setting(script, word):
+    assert "\n#SBATCH --partition=a,b\n" in script(*TINY, "folder=run", f"launcher.partition={word}")
+
+
 def test_sweep_may_list_the_out_of_each_run(script, tmp_path):
     shown = script(*TINY, "out=a b,c", "optim.lr=1e-3", "folder=run")
     assert f"#SBATCH --output={tmp_path}/run/%a/job.log\n" in shown

@@ -6,12 +6,16 @@ import sys
 import pytest
 
 from longctx.parallel.launch import run_ranks
-from tests.train.stop_ranks import agreements
+from tests.train.stop_ranks import agreements, faults
 
 
 @pytest.mark.parametrize(("ranks", "signaled"), [(3, 1), (1, 0)])
 def test_all_ranks_agree_at_the_same_step(ranks, signaled):
     assert run_ranks(ranks, agreements, signaled) == [(False, True, True)] * ranks
+
+
+def test_all_ranks_learn_of_a_fault_of_one():
+    assert run_ranks(3, faults, 2) == [(True, False, True)] * 3
 
 
 ENDS = """

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from longctx.train import track
 from tests.tracking import WANDB, figures, history, lines, records, start
 
 pytestmark = pytest.mark.usefixtures("wandb_at_home")
@@ -42,7 +43,7 @@ def test_wandb_error_is_reported_once_and_wandb_continues(tmp_path, fresh_wandb)
 
 
 @pytest.mark.parametrize("key", ["environment", "netrc"])
-def test_unreachable_server_is_reported_once(tmp_path, monkeypatch, fresh_wandb, key):
+def test_run_is_recorded_offline_if_the_server_cannot_be_reached(tmp_path, monkeypatch, fresh_wandb, key):
     """With a key W&B goes online; the key is in the environment or in netrc."""
     if key == "environment":
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -51,12 +52,13 @@ def test_unreachable_server_is_reported_once(tmp_path, monkeypatch, fresh_wandb,
         (tmp_path / "netrc").chmod(0o600)
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.setattr(track, "_CONNECT_S", 2.0)
     tracker, _, messages = start(tmp_path, WANDB)
     tracker.log(figures(0), 0)
     tracker.finish()
-    assert len(lines(tmp_path)) == 1
-    assert len(messages) == 1 and messages[0].startswith("wandb failed (CommError: ") and "127.0.0.1" in messages[0]
+    assert len(messages) == 2 and messages[0].startswith("W&B cannot be reached (") and "127.0.0.1" in messages[0]
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert [row["step"] for row in history(records(run))] == [line["step"] for line in lines(tmp_path)] == [0]
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])

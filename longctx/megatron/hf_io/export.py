@@ -25,6 +25,7 @@ from longctx.models.tensors import EMBEDDING
 from longctx.parallel.comm import Comm
 from longctx.parallel.dist_comm import DistComm
 from longctx.shapes import Float, Tensor
+from longctx.text_file import write_text
 
 StoredTensors = dict[str, list[TensorView]]  # tensors of the files, each with the views that it concatenates
 
@@ -90,7 +91,7 @@ def save(
 def _write_index(folder: Path, maps: Sequence[Mapping[str, str]], size: int) -> None:
     """Write the index of several files, from each stage's map of tensors to files; ``size`` is in bytes."""
     index = {"metadata": {"total_size": size}, "weight_map": {name: file for one in maps for name, file in one.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:

@@ -11,6 +11,7 @@ arXiv 2502.20727.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.megatron.spd.likelihood import kl_divergence, log_prob_shard
-from longctx.megatron.training.checkpoint import agreed_on_all_ranks, commit
+from longctx.megatron.training.checkpoint import agreed_on_all_ranks, commit, remove
 from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.distill import rate_at
+from longctx.text_file import name_in_errors
 
 
 class JointDistillation:
@@ -147,17 +149,16 @@ class JointDistillation:
             partial_folder.mkdir(parents=True)
         dist.barrier()  # the folder exists
         if self._dp.rank() == 0:
-            torch.save(
-                {"layers": self._weights(), "optimizer": self._optimizer.state_dict()},
-                partial_folder / f"rank-{rank}.pt",
-            )
+            state = {"layers": self._weights(), "optimizer": self._optimizer.state_dict()}
+            _save(state, partial_folder / f"rank-{rank}.pt")
         dist.barrier()  # all ranks have written
         if first:
             files = sorted(partial_folder.iterdir())
             checksums = dict(zip((file.name for file in files), crc32_of_files(files), strict=True))
             commit(partial_folder, place, {**metadata, "order": list(self._order), "losses": self.losses}, checksums)
-            for state in others:
-                shutil.rmtree(state, ignore_errors=True)
+            for other in others:
+                with suppress(OSError):
+                    remove(other)
         dist.barrier()
 
     def resume(self, folder: Path) -> list[str]:
@@ -189,3 +190,12 @@ class JointDistillation:
             block: {name: weight.detach() for name, weight in layer.named_parameters()}
             for block, layer in self.layers.items()
         }
+
+
+def _save(values: Mapping[str, Any], file: Path) -> None:
+    """Write ``values`` to ``file``.  Raises OSError, which names ``file``; torch would raise RuntimeError instead."""
+    with name_in_errors(file), file.open("wb") as stream:
+        try:
+            torch.save(dict(values), stream)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error

@@ -9,8 +9,8 @@ import queue
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -56,11 +56,14 @@ class Checkpoints:
     continues.  Once all ranks have written, `poll` renames the partial folder to its final name.  Then it removes
     corrupt checkpoints, those beyond the last ``keep``, those of later steps, and those that the run did not resume
     from: ones after step ``resumed`` that existed before (None: there are none).
-    The constructor removes partial folders that a killed run left.
+    The constructor removes partial folders that a killed run left.  ``say`` receives a line for each checkpoint that
+    cannot be removed.
     """
 
-    def __init__(self, folder: Path, keep: int, resumed: int | None = None) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(
+        self, folder: Path, keep: int, resumed: int | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._folder, self._keep, self._say = folder, keep, say
         existing = [] if resumed is None else checkpoint_folders(folder)
         self._stale = {place for place in existing if place.name > folder_name(resumed or 0)}
         self._queue = AsyncCallsQueue(persistent=False)
@@ -118,8 +121,21 @@ class Checkpoints:
         """
         existing = [place for place in checkpoint_folders(self._folder) if place not in self._stale]
         complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]
-        for place in {*checkpoint_folders(self._folder)} - set(complete[-self._keep :]):
-            shutil.rmtree(place)
+        for place in sorted({*checkpoint_folders(self._folder)} - set(complete[-self._keep :])):
+            try:
+                remove(place)
+            except OSError as error:
+                self._say(
+                    f"the run goes on, but cannot remove checkpoint {place} ({error.strerror}): remove it by hand"
+                )
+
+
+def remove(place: Path) -> None:
+    """Remove a checkpoint; of a link to a checkpoint, only the link."""
+    if place.is_symlink():
+        place.unlink()
+    else:
+        shutil.rmtree(place)
 
 
 def _compute_checksums(folder: Path) -> dict[str, int]:
@@ -135,10 +151,11 @@ def _compute_checksums(folder: Path) -> dict[str, int]:
 def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksums: dict[str, int]) -> None:
     """Complete a checkpoint: write its run.json, then rename ``partial_folder`` to ``place``.
 
-    ``checksums`` has the CRC-32 of each file by name.  A folder at ``place`` is replaced.
+    ``checksums`` has the CRC-32 of each file by name.  A folder or link at ``place`` is replaced.
     """
     write_index(partial_folder, metadata, checksums)
-    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):  # there is none; or the next line raises
+        remove(place)
     partial_folder.rename(place)
 
 

@@ -6,7 +6,6 @@ from functools import partial
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 
 from longctx.attention.kernel import Kernel
 from longctx.cost.decode import DecodeHardware
@@ -101,12 +100,17 @@ def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> DecodeHardware:
-    """Measure the rates of decoding on all ranks of ``world`` at once; every rank returns the slowest rank's rates."""
+def probe_decode(
+    world: Comm, dtype: torch.dtype, device: torch.device, product: Callable[[Tensor, Tensor], Tensor]
+) -> DecodeHardware:
+    """Measure the rates of decoding on all ranks of ``world`` at once; every rank returns the slowest rank's rates.
+
+    ``product(x, weight)`` is the matrix product that decoding uses, as F.linear.
+    """
     side = 4 * _SIDE[device.type]
     weight = torch.ones(side, side, dtype=dtype, device=device)  # larger than a core's cache
     row, rows = (torch.ones(n, side, dtype=dtype, device=device) for n in (1, 64))
-    read_s, compute_s = (_slowest(world, partial(F.linear, x, weight), device) for x in (row, rows))
+    read_s, compute_s = (_slowest(world, partial(product, x, weight), device) for x in (row, rows))
 
     def gather(size: int) -> Callable[[], object]:
         part = torch.zeros(max(1, size // max(1, world.size - 1)), dtype=torch.uint8, device=device)
@@ -118,16 +122,21 @@ def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> Decod
 
 @torch.inference_mode()
 def probe_layer(
-    world: Comm, layer: Callable[[int], object], weights: float, dtype: torch.dtype, device: torch.device
+    world: Comm,
+    layer: Callable[[int], object],
+    weights: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    product: Callable[[Tensor, Tensor], Tensor],
 ) -> LayerRates:
     """Measure the rates of one rank's layers without attention, while all ranks of ``world`` compute at once.
 
     ``layer(rows)`` computes a layer of ``weights`` weights, without attention, for that many rows.  The model is: a
     layer takes the time to read its weights, plus the time of its GEMMs, plus a fixed overhead ``layer_s``.  The last
     two follow from its seconds for one row, whose GEMMs count as free, and for many rows.  The rate of reading weights
-    and the link are those of `probe_decode`.  Every rank returns the same rates.
+    and the link are those of `probe_decode` with ``product``.  Every rank returns the same rates.
     """
-    decode = probe_decode(world, dtype, device)
+    decode = probe_decode(world, dtype, device, product)
     one_s, many_s = (_slowest(world, partial(layer, rows), device) for rows in (1, _ROWS))
     overhead_s = max(0.0, one_s - weights * dtype.itemsize / decode.weight_bytes_per_s)
     gemm_flops = 2 * weights * (_ROWS - 1) / max(many_s - one_s, 1e-9)

@@ -204,3 +204,12 @@ def test_wrong_file_of_questions_is_refused(content, words, tmp_path):
         (tmp_path / "squad" / "dev-v2.0.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         make_ruler_examples("ruler_qa_squad", RulerSource(WORDS, tmp_path, tokenizer, LENGTH), 1, 0)
+
+
+def test_lengths_ask_different_questions(source):
+    tasks = make_generated_tasks({"ruler_qa_hotpot": 5}, [1501, LENGTH], "pydoc", tokenizer, 4096, source.data, 0)
+    asked = [{row["input"].rpartition("Question:")[2] for row in task.eval_docs} for task in tasks.values()]
+    assert len(asked[0]) == len(asked[1]) == 5 and not asked[0] & asked[1], "intervals take examples for independent"
+    assert {task.config.metadata["available"] for task in tasks.values()} == {25}
+    with pytest.raises(ValueError, match=r"has 50 questions for 2 lengths: use eval\.limit=25"):
+        make_generated_tasks({"ruler_qa_hotpot": 26}, [1501, LENGTH], "pydoc", tokenizer, 4096, source.data, 0)

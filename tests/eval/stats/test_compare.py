@@ -179,3 +179,11 @@ def test_margins_of_few_or_equal_examples():
     assert (few.difference, few.low, few.high) == (0.5, None, None)
     same = compare_margins([([0.25] * 11, [0.25] * 11)])
     assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("tasks", [3, 6, 7])
+@pytest.mark.parametrize("change", [-1.0, 0.3])
+def test_interval_includes_the_difference_whatever_the_rounding(tasks, change):
+    base = 0.5 - change / 2
+    comparison = compare([([base], [base + change])] * tasks)
+    assert comparison.low <= comparison.difference <= comparison.high

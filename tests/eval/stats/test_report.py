@@ -227,3 +227,20 @@ def test_scores_by_length_and_the_effective_length(tmp_path):
 def test_scores_by_length_need_the_same_tasks_at_several_lengths(names):
     tasks = {name: outcomes(9, 100, 0.0, None) for name in names}
     assert not make_report([replace(VARIANTS[0], outcomes=tasks)], replace(RULES, gate=()), ORIGIN).lengths
+
+
+def test_lines_of_the_picture_join_like_variants(tmp_path, monkeypatch):
+    """A variant on another mesh is on no line; rounded reductions have a line of their own."""
+    lines = {}
+    monkeypatch.setattr("eval.stats.publish.draw_shares", lambda _, left, right, **__: lines.update(left, **right))
+    half = VARIANTS[1]
+    variants = (
+        VARIANTS[0],
+        half,
+        replace(VARIANTS[0], name="ring", mesh="tp=3 ring=2"),
+        replace(VARIANTS[0], name="int8", reduce="int8"),
+        replace(half, name="half int8", reduce="int8"),
+    )
+    draw(make_report(variants, RULES, ORIGIN), tmp_path)
+    shares = {name: [point[0] for point in points] for name, points in lines.items()}
+    assert shares == {"not repaired": [0.0, 0.5], "not repaired, int8": [0.0, 0.5], "time": [0.0, 0.5]}

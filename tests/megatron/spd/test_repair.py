@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longctx.config import Mesh, Repair
+from longctx.megatron.spd import joint
 from longctx.parallel.launch import run_ranks
+from tests.disk import full_disk
 from tests.megatron.kinds import random_model
 from tests.megatron.spd.repair_ranks import measure_divergence, measure_neuron_errors, run_repair, train_jointly
 from tests.oracle import assert_close
@@ -130,3 +132,8 @@ def test_joint_distillation_resumes_exactly_and_is_data_parallel(folder: Path, t
         assert_close(shared[0]["gradients"][name], gradient.double(), 2e-5)
     for name, tensor in shared[0]["tensors"].items():
         assert all(torch.equal(rank["tensors"][name], tensor) for rank in (*shared, *stopped))
+
+
+def test_state_that_a_full_disk_cuts_is_named(tmp_path: Path) -> None:
+    with full_disk(2**12), pytest.raises(OSError, match=r"File too large: .*rank-0\.pt"):
+        joint._save({"x": torch.zeros(2**12)}, tmp_path / "rank-0.pt")

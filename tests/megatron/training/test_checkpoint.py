@@ -1,5 +1,6 @@
 """A checkpoint of any mesh resumes exactly on any other mesh; corrupt and later checkpoints are ignored."""
 
+import errno
 import queue
 import shutil
 from dataclasses import replace
@@ -141,3 +142,43 @@ def test_corrupt_checkpoint_does_not_replace_the_one_that_a_run_resumed_from(tmp
     saving = SimpleNamespace(_folder=tmp_path, _keep=2, _stale={tmp_path / "step-00000027"})
     checkpoint.Checkpoints._prune(saving, 30)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Checkpoint 20, which the folder of a run's checkpoints only links to."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "archive" / "step-00000020").mkdir(parents=True)
+    (tmp_path / "run" / "step-00000020").symlink_to(tmp_path / "archive" / "step-00000020")
+    return tmp_path / "archive" / "step-00000020"
+
+
+def test_link_to_an_old_checkpoint_is_removed_without_the_checkpoint(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "fault_of", lambda _: "")
+    (tmp_path / "run" / "step-00000030").mkdir()
+    checkpoint.Checkpoints._prune(SimpleNamespace(_folder=tmp_path / "run", _keep=1, _stale=()), 30)
+    assert [place.name for place in (tmp_path / "run").iterdir()] == ["step-00000030"] and archive.is_dir()
+
+
+def test_checkpoint_replaces_a_link(archive, tmp_path):
+    partial, place = tmp_path / "run" / "step-00000020.partial-1234abc7", tmp_path / "run" / "step-00000020"
+    for _ in range(2):  # over the link, and over a folder
+        partial.mkdir()
+        checkpoint.commit(partial, place, {"step": 20}, {})
+        assert [file.name for file in place.iterdir()] == ["run.json"] and not place.is_symlink()
+    assert archive.is_dir() and not [*archive.iterdir()]
+
+
+def test_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    def refuse(place):
+        raise PermissionError(errno.EACCES, "Permission denied", str(place / "x"))
+
+    monkeypatch.setattr(checkpoint, "fault_of", lambda _: "")
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    places = [tmp_path / f"step-{step:08d}" for step in (10, 20, 30)]
+    for place in places:
+        place.mkdir()
+    lines = []
+    checkpoint.Checkpoints._prune(SimpleNamespace(_folder=tmp_path, _keep=1, _stale=(), _say=lines.append), 30)
+    for place, line in zip(places[:2], lines, strict=True):
+        assert f"{place} (Permission denied): remove it by hand" in line

@@ -119,8 +119,9 @@ def test_results_of_older_versions_are_refused(refused, files, tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
-    other = tmp_path / "other.json"
+    other, damaged = tmp_path / "other.json", tmp_path / "damaged.json"
     other.write_text("{}")
+    damaged.touch()
     larger, dropping = tmp_path / "larger.json", tmp_path / "dropping.json"
     larger.write_text(json.dumps({**json.loads((tmp_path / "quality.json").read_text()), "tp": 8}))
     base = {"dropped": 0.5, "repaired": False, "reduce": "float32", **OF}
@@ -132,6 +133,7 @@ def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
         ([*files, "text=poem"], "use one of novel"),
         ([files[1], f"report={dropping}", "text=novel"], "text=novel chooses a text of the quality file: set quality"),
         ([f"quality={other}", files[1]], "is not a result of spd_quality"),
+        ([f"quality={damaged}", files[1]], f"quality={damaged} is damaged"),
         ([f"quality={larger}", files[1]], "is of tiny at mesh.tp=3, but quality="),
         ([files[1], f"report={dropping}"], "the report's baseline drops or rounds reductions"),
     ]:

@@ -96,6 +96,9 @@ def test_groups_that_did_not_run_stay_in_the_file(tmp_path):
     file.write_text(json.dumps({"runs": [{"run": "prefill"}]}))
     with pytest.raises(ValueError, match="of an older version: give another file"):
         merge(str(file), [row("b", 3.0, 1.0)], {"b": 3})
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"json=.*times\.json is damaged .*: remove it, or give another file"):
+        merge(str(file), [row("b", 3.0, 1.0)], {"b": 3})
 
 
 def test_errors_are_recorded_for_each_kind_of_work_with_enough_runs():

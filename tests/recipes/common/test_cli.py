@@ -36,7 +36,7 @@ def test_settings_have_their_types(compose):
     assert settings.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
     assert settings.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
     run, top = settings.section(config, "run", Run), settings.top_level(config, generate.GenerateSettings)
-    assert (top.max_new_tokens, top.verify, run.threads, top.out) == (64, True, 2, None)
+    assert (top.max_new_tokens, top.verify, run.threads, top.out) == (64, None, 2, None)
 
 
 def test_each_item_of_a_list_is_a_section():
@@ -280,6 +280,15 @@ def test_refused_sweep_leaves_no_records(cli, tmp_path, monkeypatch):
     assert not list((tmp_path / "mine").iterdir()) and (tmp_path / "mine").is_dir()
     assert cli(generate, lambda _: None, *words)[0] == 0
     assert list((tmp_path / "mine").rglob("multirun.yaml"))
+
+
+def test_sweep_whose_records_cannot_be_written_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").touch()
+    words = ("--multirun", "sampling.seed=3,5")
+    assert "hydra.sweep.dir=outputs/multirun/" in (line := refused(generate, generate.task, *words))
+    assert "cannot be written (Not a directory): give a writable folder" in line
+    assert "hydra.sweep.dir=outputs/x cannot" in refused(generate, generate.task, *words, "hydra.sweep.dir=outputs/x")
 
 
 def test_runs_of_a_sweep_write_to_different_places(cli, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """Package versions of a run are those that Python imports, whatever else is on its path."""
 
+import os
 import sys
 from pathlib import Path
 
-from recipes.common.provenance import package_versions
+from recipes.common.provenance import cores, package_versions
 
 
 def add_package(folder: Path, name: str, version: str) -> None:
@@ -22,3 +23,11 @@ def test_versions_are_the_first_on_the_path_without_vendored_copies(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path / "_vendor")
     assert package_versions() == {**before, "zipped": "2.0"}
     assert [name.lower() for name in before] == sorted(name.lower() for name in before)
+
+
+def test_all_cores_count_where_no_process_is_restricted(monkeypatch):
+    """macOS has no function sched_getaffinity."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()

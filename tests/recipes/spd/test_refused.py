@@ -1,5 +1,7 @@
 """Models and settings that recipes.spd_adapt refuses, and the text that it reads by default."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from recipes import chat, export, generate, spd_adapt
@@ -41,6 +43,7 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
 
     assert "use mesh.tp=2 or more" in adapt()
     assert "(possible: 1, 3)" in adapt("mesh.tp=2")
+    assert "not supported by recipes.spd_adapt: leave out reduce" in adapt("mesh.tp=3", "+reduce=int6")
     assert "has no use for mesh.ring=2" in adapt("mesh.tp=3", "mesh.ring=2")
     assert "repair.batch=30 is more than repair.sequences=24" in adapt("mesh.tp=3", "repair.batch=30")
     assert "spd.budget=None: " in (says := adapt("mesh.tp=3", "spd.budget=null")) and "spd.budget=0.5" in says
@@ -69,3 +72,12 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
     assert "transformers cannot run it" in refused(
         export, export.task, f"checkpoint={adapted_folder}", f"to={tmp_path}/hf"
     )
+
+
+def test_damaged_settings_of_repaired_blocks_are_named(tmp_path):
+    (tmp_path / "000.safetensors").touch()
+    (tmp_path / "about.json").touch()
+    with pytest.raises(
+        ValueError, match=rf"about\.json is damaged .*: use another out=, or remove {tmp_path}; the same"
+    ):
+        spd_adapt.refuse_other_run(SimpleNamespace(about_file=tmp_path / "about.json"))

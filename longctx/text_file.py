@@ -1,0 +1,32 @@
+"""Write text files that appear whole or not at all, and name the file in errors of writing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def name_in_errors(file: Path) -> Iterator[None]:
+    """Name ``file`` in an OSError of the block: errors of ``write`` and ``close``, as on a full disk, name no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(file)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write ``text`` to ``file`` in UTF-8, and make its folder if needed; an existing file is replaced by a rename.
+
+    Raises OSError, which names ``file``.  Then an existing file is unchanged, and no partial file is left.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    with name_in_errors(file):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(file)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
