@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 
 
 @contextmanager
@@ -18,13 +19,18 @@ def name_in_errors(file: Path) -> Iterator[None]:
 def write_text(file: Path, text: str) -> None:
     """Write ``text`` to ``file`` in UTF-8, and make its folder if needed; an existing file is replaced by a rename.
 
+    A link stays, and the file that it leads to is replaced.  The new file has the old one's permissions.
+
     Raises OSError, which names ``file``.  Then an existing file is unchanged, and no partial file is left.
     """
+    file = file.resolve() if file.is_symlink() else file
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     with name_in_errors(file):
         try:
             partial.write_text(text, encoding="utf-8")
+            if file.exists():
+                partial.chmod(S_IMODE(file.stat().st_mode))
             partial.replace(file)
         except OSError:
             with suppress(OSError):

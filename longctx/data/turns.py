@@ -89,11 +89,12 @@ def turn_tokens(
     rest = _skip_space(new, tokenizer, last)
     closers = {last}
     if last in ends:
-        # A template closes answers with the special token that closes questions, or with an end token that does not
-        # begin questions.  GLM-4's end token <|user|> begins the next question, and stays.
+        # A template closes answers with the special token that closes questions, or with an end token.  A token that
+        # begins questions, such as GLM-4's end token <|user|>, stays.
         begins, _, closes = asked.rpartition(_QUESTION)
-        closers |= {*_skip_space(encode(closes), tokenizer, last)[:1]} & {*tokenizer.added_tokens_decoder}
-        closers |= {*ends} - {*encode(begins)}
+        begin = {*encode(begins)}
+        closers |= {*_skip_space(encode(closes), tokenizer, last)[:1]} & {*tokenizer.added_tokens_decoder} - begin
+        closers |= {*ends} - begin
     return rest[1:] if closers & {*rest[:1]} else new
 
 

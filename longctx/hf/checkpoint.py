@@ -60,6 +60,7 @@ def export_advice(folder: Path) -> str:
 
     ``folder`` may be the folder of the run, a checkpoint, or another folder in that of the run.
     """
+    folder = folder.absolute()
     runs = [run for run in (folder, folder.parent) if checkpoint_folders(run / "checkpoints")]
     if (folder / RUN).is_file():
         run, checkpoint = folder.parents[1], folder

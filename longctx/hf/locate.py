@@ -92,6 +92,8 @@ def _change(model: ModelSource, source: Path) -> Path:
 
 def _fetch_from_hub(name: str, say: Say) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     def fetch(*patterns: str) -> Path:
         try:
@@ -101,6 +103,10 @@ def _fetch_from_hub(name: str, say: Say) -> Path:
                 raise
             raise ValueError(_hub_fault(name, error)) from error
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(_hub_fault(name, error)) from error
     say(f"fetching {name} from the Hugging Face hub")
     # Configuration first: `shape_of` refuses unsupported models before their weights are downloaded.
     shape_of(fetch("*.json", "*.jinja", "*.model"))

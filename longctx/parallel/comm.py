@@ -156,3 +156,14 @@ def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return x
     parts = comm.all_gather(x, [tuple(x.shape)] * comm.size)
     return torch.stack(parts).sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def gather_bytes(world: Comm, data: bytes, device: torch.device) -> list[bytes]:
+    """Return the ``data`` of every rank of ``world``, in rank order; all ranks must call this.
+
+    ``device`` is where the tensors that are sent are made.
+    """
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    sizes = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)
+    parts = world.all_gather(own.to(device), [(int(size),) for size in sizes])
+    return [bytes(part.tolist()) for part in parts]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 
-import torch
-
 from longctx.attention.layout import Layout
 from longctx.infer.continuous import ContinuousSession
 from longctx.infer.page_files import PageFiles, SavedPage
 from longctx.infer.pages import PageStore
 from longctx.infer.turn import Conversation
-from longctx.parallel.comm import Comm
+from longctx.parallel.comm import Comm, gather_bytes
 from longctx.serve.prefix_cache import ROOT, NewPage, StoredPage, fitting
 
 
@@ -111,14 +109,3 @@ def _usable(saved: dict[str, SavedPage | None], of_ranks: list[dict[str, Layout 
         if one.before in usable:
             usable[name] = None
     return [*usable][1:]
-
-
-def gather_bytes(world: Comm, data: bytes, device: torch.device) -> list[bytes]:
-    """Return the ``data`` of every rank of ``world``, in rank order; all ranks must call this.
-
-    ``device`` is where the tensors that are sent are made.
-    """
-    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    sizes = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)
-    parts = world.all_gather(own.to(device), [(int(size),) for size in sizes])
-    return [bytes(part.tolist()) for part in parts]

@@ -6,10 +6,10 @@ import torch
 
 from longctx.infer.continuous import ContinuousSession
 from longctx.infer.page_files import PageFiles
-from longctx.parallel.comm import Comm
+from longctx.parallel.comm import Comm, gather_bytes
 from longctx.parallel.strategy import STRATEGIES
 from longctx.serve.one_rank import ALL_RANKS, OneRank
-from longctx.serve.rank_pages import RankPages, gather_bytes
+from longctx.serve.rank_pages import RankPages
 from longctx.serve.schedule import StepPlan
 
 _ROOM = 128  # rows of an answer that are allocated at once

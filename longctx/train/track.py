@@ -252,7 +252,8 @@ class Wandb:
         try:
             self._run = begin(mode=_mode(wandb))
         except wandb.errors.CommError as error:  # compute nodes often have no network
-            say(f"W&B cannot be reached ({' '.join(str(error).split())}): the run is recorded offline")
+            fault = "refuses the key" if isinstance(error, wandb.errors.AuthenticationError) else "cannot be reached"
+            say(f"W&B {fault} ({' '.join(str(error).split())}): the run is recorded offline")
             wandb.teardown(exit_code=1)  # ends the attempt, which has the run's id
             self._run = begin(mode="offline")
         self._run.define_metric("step")

@@ -74,7 +74,7 @@ def draw_tradeoff(
 ) -> None:
     """Draw ``panels[measure][title][series]``, points (x, y, label), to the file ``out``: a row for each measure.
 
-    A series is a line.  Its y axis is linear up to 1 and logarithmic above.
+    A series is a line.  The y axis is linear; with values above 5, it is linear up to 1 and logarithmic above.
     """
     titles = list(dict.fromkeys(title for row in panels.values() for title in row))
     names = list(dict.fromkeys(name for row in panels.values() for panel in row.values() for name in panel))
@@ -84,6 +84,7 @@ def draw_tradeoff(
     grid = figure.subplots(len(panels), len(titles), squeeze=False, sharey="row")
     for row, (measure, of_measure) in zip(grid, panels.items(), strict=True):
         row[0].set_ylabel(measure)
+        largest = max(abs(y) for panel in of_measure.values() for points in panel.values() for _, y, _ in points)
         for axes, title in zip(row, titles, strict=True):
             for name, points in of_measure.get(title, {}).items():
                 xs, ys, _ = zip(*points, strict=True)
@@ -92,7 +93,8 @@ def draw_tradeoff(
                 axes.plot(xs, ys, **_line(names.index(name)), linewidth=1, label=label)
                 for x_value, y_value, share in points:
                     axes.annotate(share, (x_value, y_value), fontsize=6, xytext=(3, 3), textcoords="offset points")
-            axes.set_yscale("symlog", linthresh=1)
+            if largest > 5:
+                axes.set_yscale("symlog", linthresh=1)
             axes.set(title=title, xlabel=x)
             axes.grid(visible=True, alpha=0.25)
     _add_legend(figure)

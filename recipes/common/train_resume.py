@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -63,12 +64,15 @@ def refuse_other_model(job: TrainJob) -> None:
             {x.name: x.read_bytes() for x in each.iterdir() if x.is_file()}
             for each in (Path(work, "model"), job.scratch)
         )
-    if files["config.json"] != existing["config.json"]:
+    # Earlier versions wrote config.json in another format, and no generation_config.json of a GGUF file.
+    if json.loads(files["config.json"]) != json.loads(existing["config.json"]):
         raise ValueError(
             f"out={job.out} has a run of another model, or of this one with another model.max_positions or rope: "
             "use the same model settings, or give another out="
         )
-    if changed := sorted(name for name in files.keys() | existing.keys() if files.get(name) != existing.get(name)):
+    added = {"generation_config.json"} - existing.keys()
+    names = (files.keys() | existing.keys()) - {"config.json"} - added
+    if changed := sorted(name for name in names if files.get(name) != existing.get(name)):
         raise ValueError(
             f"out={job.out} has a run whose model has another {changed[0]}: restore the model's file, or give another "
             "out="

@@ -40,10 +40,13 @@ class TrainingText:
     def refuse_fault(self, stop: StopRequest, step: int) -> None:
         """Raise `FaultyText` if the ranks of ``stop`` have agreed, after ``step``, that one of them has a fault.
 
-        Without an agreement, which needs a step, raises this rank's own fault.
+        Every rank names the first of these faults.  Without an agreement, which needs a step, raises this rank's own.
         """
+        from longctx.parallel.comm import gather_bytes
+
         if stop.has_fault:
-            cause = str(self.fault or "another rank cannot read its text any further, see its error")
+            own = str(self.fault or "").encode()
+            cause = next(filter(None, gather_bytes(self._runtime.world, own, self._runtime.device))).decode()
             note = "; a run that goes on takes data.on_error=skip, not other text" if "data.on_error" in cause else ""
             raise FaultyText(f"{cause}; the {step:,} steps before it are saved{note}") from self.fault
         if self.fault:

@@ -305,6 +305,27 @@ def test_fault_of_one_rank_s_text_ends_all_ranks_and_saves_their_steps(tmp_path)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def asked_in_the_last_step(rank: Rank, job: TrainJob) -> RunResult:
+    """Train for one step; the request to stop arrives when its batch is read."""
+    batches = train_text._batches
+
+    def signalled(*args: object):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield from batches(*args)
+
+    train_text._batches = signalled
+    return run_rank(rank, job)
+
+
+def test_run_that_is_asked_to_stop_in_its_last_step_has_ended_by_itself(tmp_path):
+    """Slurm would requeue a job that was stopped."""
+    words = ("experiment=pretrain/tiny", f"out={tmp_path}/run", *QUICK, "steps=1", "evaluate.every=0")
+    job = pretrain.prepare(compose_config("pretrain", words))
+    begin_run(job)
+    (result,) = run_ranks(1, asked_in_the_last_step, job)
+    assert (result.step, result.stopped) == (1, False)
+
+
 def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     """The figures of the last step are recorded, its weights are not saved."""
     more = ("steps=9", "optim.lr=1e25", "optim.warmup=0", "optim.clip=0", "checkpoint.every=1", "evaluate.every=1")

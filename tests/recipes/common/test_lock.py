@@ -54,20 +54,24 @@ def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):
 
 def test_forked_process_does_not_inherit_a_lock(tmp_path):
     """A writer of checkpoints is forked from the rank, and may outlive it."""
-    read, write = os.pipe()
+    (read, write), (started, starts) = os.pipe(), os.pipe()
     with hold(tmp_path / ".lock", "out=run"):
         os.link(tmp_path / ".lock", tmp_path / "link")  # the file of a killed process stays
         child = os.fork()
         if not child:
             os.close(write)
+            os.write(starts, b"x")
             os.read(read, 1)  # until the parent closes its end
             os._exit(0)
+    os.read(started, 1)
     try:
         with (tmp_path / "link").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(write)
         os.waitpid(child, 0)
+        for end in (read, started, starts):
+            os.close(end)
 
 
 def test_lock_of_a_killed_process_is_free(tmp_path, other_process):
