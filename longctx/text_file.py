@@ -19,10 +19,15 @@ def name_in_errors(file: Path) -> Iterator[None]:
 def write_text(file: Path, text: str) -> None:
     """Write ``text`` to ``file`` in UTF-8, and make its folder if needed; an existing file is replaced by a rename.
 
-    A link stays, and the file that it leads to is replaced.  The new file has the old one's permissions.
+    A link stays, and the file that it leads to is replaced.  The new file has the old one's permissions.  A device or a
+    pipe, such as /dev/null, is written to.
 
     Raises OSError, which names ``file``.  Then an existing file is unchanged, and no partial file is left.
     """
+    if file.exists() and not file.is_file():
+        with name_in_errors(file):
+            file.write_text(text, encoding="utf-8")
+        return
     file = file.resolve() if file.is_symlink() else file
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")

@@ -1,6 +1,7 @@
 """A text file is written whole or not at all, and errors of writing name the file."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
         write_text(file, "x" * 101)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_link_stays_and_so_do_permissions(tmp_path):
+    file, link = tmp_path / "a.yaml", tmp_path / "link.yaml"
+    file.touch(mode=0o600)
+    link.symlink_to(file)
+    write_text(link, "new")
+    assert link.is_symlink() and file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "text")
+        assert os.read(end, 9) == b"text" and pipe.is_fifo()
+    finally:
+        os.close(end)
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path):

@@ -207,4 +207,4 @@ def test_long_tmpdir_does_not_break_the_sockets_of_ranks(tmp_path):
     code += "_choose_temp_dir(); print(get_temp_dir())"
     environment = {**os.environ, "TMPDIR": str(long)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("/tmp/pymp-")
+    assert len(done.stdout.strip()) <= launch._LONGEST_TEMP_DIR + len("/pymp-12345678")

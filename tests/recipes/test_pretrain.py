@@ -1,6 +1,5 @@
 """recipes.pretrain: a run that is killed resumes with the same losses; wrong settings are refused."""
 
-import itertools
 import json
 import os
 import random
@@ -17,15 +16,11 @@ import pytest
 from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.hf.config import shape_of
-from longctx.parallel.launch import Rank, RankFailed, run_ranks
 from recipes import pretrain
-from recipes.common import divergence, train_text
+from recipes.common import divergence
 from recipes.common.cli import compose_config
 from recipes.common.overrides import CONFIGS
-from recipes.common.train_job import TrainJob
-from recipes.common.train_loop import run_rank
 from recipes.common.train_report import RunResult, show
-from recipes.common.train_resume import begin_run
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
@@ -281,49 +276,6 @@ def test_step_without_targets_is_named(cli, tmp_path):
     code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}/run", *quick, *text)
     assert code == 1
     assert "the batch of step 2 has nothing to learn from" in err.splitlines()[-1]
-
-
-def read_until_a_fault(rank: Rank, job: TrainJob) -> RunResult:
-    """Train; on rank 1 alone, the text cannot be read after two batches, as if its connection broke."""
-    batches = train_text._batches
-
-    def broken(*args: object):
-        yield from itertools.islice(batches(*args), 2)
-        raise ValueError("row 7 cannot be read: repair it, or set data.on_error=skip")
-
-    if rank.rank == 1:
-        train_text._batches = broken
-    return run_rank(rank, job)
-
-
-def test_fault_of_one_rank_s_text_ends_all_ranks_and_saves_their_steps(tmp_path):
-    words = ("experiment=pretrain/tiny", f"out={tmp_path}/run", *QUICK, "mesh.ring=2", "evaluate.every=0")
-    job = pretrain.prepare(compose_config("pretrain", words))
-    begin_run(job)
-    with pytest.raises(RankFailed, match=r"row 7 cannot .*; the 2 steps before it are saved; a run that goes on takes"):
-        run_ranks(2, read_until_a_fault, job)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-
-
-def asked_in_the_last_step(rank: Rank, job: TrainJob) -> RunResult:
-    """Train for one step; the request to stop arrives when its batch is read."""
-    batches = train_text._batches
-
-    def signalled(*args: object):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        yield from batches(*args)
-
-    train_text._batches = signalled
-    return run_rank(rank, job)
-
-
-def test_run_that_is_asked_to_stop_in_its_last_step_has_ended_by_itself(tmp_path):
-    """Slurm would requeue a job that was stopped."""
-    words = ("experiment=pretrain/tiny", f"out={tmp_path}/run", *QUICK, "steps=1", "evaluate.every=0")
-    job = pretrain.prepare(compose_config("pretrain", words))
-    begin_run(job)
-    (result,) = run_ranks(1, asked_in_the_last_step, job)
-    assert (result.step, result.stopped) == (1, False)
 
 
 def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
