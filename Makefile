@@ -8,8 +8,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cu130
 OUT ?= outputs/gpu_check
 # A file's tests stay in one process, because they share fixtures and warm ranks, and so do all of tests/slurm (see
 # tests/conftest.py); their order is random, the same for a SEED. Three processes on two cores, because many tests wait: for a cluster, a time limit, a rank that is gone.
+# If one of them crashes, the run ends: its replacement would wait for ever for the tests of the first.
 SEED ?= 1
-AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
+AT_ONCE := --numprocesses 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
 .PHONY: help env demo test test-fast test-gpu gpu gpu-check slurm triton lint format docs published clean
 

@@ -10,13 +10,16 @@ import pdoc
 
 import longctx
 
+# Packages that are not installed everywhere, and the modules that import them at once.
+_NEEDED_BY = {"transformer_engine": "longctx.megatron.te_modules", "triton": "longctx.attention.triton_kernels"}
+
 
 def build(folder: Path) -> None:
     """Write one HTML page per public module to ``folder``, with a search index.  Needs no network.
 
-    Leaves out the page of Transformer Engine's layers where it is not installed.  Raises pdoc's warnings as errors.
+    Leaves out the pages of modules that need a package that is not installed.  Raises pdoc's warnings as errors.
     """
-    left_out = [] if importlib.util.find_spec("transformer_engine") else ["longctx.megatron.te_modules"]
+    left_out = [module for package, module in _NEEDED_BY.items() if not importlib.util.find_spec(package)]
     for module in pkgutil.walk_packages(longctx.__path__, "longctx."):
         if module.name not in left_out:
             _leave_out_other_projects(module.name)

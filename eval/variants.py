@@ -60,7 +60,7 @@ class Variant:
         target = self.target
         context = vars(target.context) | {"decode": _FIRST_NAMES.get(target.context.decode, target.context.decode)}
         del context["check_schedule"]  # changes no answer
-        inputs: list[object] = [fingerprint, target.model.dtype, target.model.layers, target.run.device]
+        inputs: list[object] = [fingerprint, target.model.precision, target.model.layers, target.run.device]
         mesh = replace(target.mesh, dp=1)  # changes no answer
         inputs += [str(mesh), context, target.plan, *([target.reduce] if target.reduce else [])]
         # A generated text depends on the tokens that end it, and on how text is tokenized.
@@ -143,7 +143,7 @@ def _in_folder(source: str) -> dict[str, object]:
 
 def resolve_variant(name: str, config: DictConfig) -> Variant:
     """Return the variant ``name`` that ``config`` describes.  Raises ValueError, with what to set, if it cannot run."""
-    target = resolve_target(config, "eval.run", unused_axes=("pp",))
+    target = resolve_target(config, "eval.run", unused_axes=("pp",), fp8=("block",))
     if target.context.chunk:
         raise ValueError(
             f"context.chunk={target.context.chunk} is for one long prompt: use context.chunk=null; "

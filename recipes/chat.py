@@ -94,6 +94,7 @@ def prepare(config: DictConfig) -> ChatJob:
         strategy_by_turn=True,
         decode_by_batch=True,
         proves_schedule=True,
+        fp8=("block",),
     )
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
@@ -103,6 +104,7 @@ def prepare(config: DictConfig) -> ChatJob:
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
     session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
+    session_model += f", fp8={target.model.fp8}" if target.model.fp8 else ""
     index = None
     if session.load:
         place = whole_session(absolute(session.load))

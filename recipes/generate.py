@@ -117,7 +117,9 @@ def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.parallel.validate import refuse_few_tokens  # here, since it imports torch
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True, proves_schedule=True)
+    target = resolve_target(
+        config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True, proves_schedule=True, fp8=("block",)
+    )
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
@@ -235,7 +237,7 @@ def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answe
         "decode_strategy": target.context.decode,
         "layout": target.context.layout,
         "sampling": vars(job.sampling),
-        "dtype": target.model.dtype,
+        "dtype": target.model.precision,
         "spd_blocks": list(target.plan.dropped) if target.plan else [],
         "reduce": vars(target.reduce or Reduce()),
         **{name: value for name, value in vars(figures).items() if name not in ("token_ids", "logprobs")},

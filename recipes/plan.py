@@ -84,6 +84,8 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
     refuse_other_rates(settings.hardware, model.dtype)
+    if model.fp8:
+        raise ValueError(f"model.fp8={model.fp8} is not modelled: use model.fp8=null, for the times in {model.dtype}")
     shape = shape_of(locate(model, say))
     if shape.mixture and work.kind != "train":
         raise ValueError(f"work={work.kind} of {model.name}, a mixture of experts, is not modelled: use work=train")

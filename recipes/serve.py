@@ -138,7 +138,13 @@ def prepare(config: DictConfig) -> ServeJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     refuse_missing_packages()
     target = resolve_target(
-        config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True, spd="ignore"
+        config,
+        RECIPE,
+        unused_axes=("dp", "pp"),
+        strategy_by_turn=True,
+        decode_by_batch=True,
+        spd="ignore",
+        fp8=("block",),
     )
     settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
     cache, key = section(config, "cache", PrefixSettings), read_key(settings.api_key_file)
@@ -173,7 +179,7 @@ def origin_of(target: Target, cache: PrefixSettings) -> PageOrigin | None:
     if cache.folder is None:
         return None
     setting = f"cache.save={cache.save}"
-    origin = PageOrigin(target.fingerprint, target.model.dtype, str(target.mesh), cache.page)
+    origin = PageOrigin(target.fingerprint, target.model.precision, str(target.mesh), cache.page)
     if is_first():
         refuse_other_pages(cache.folder, origin, setting)
         refuse_unwritable_folder(str(cache.folder), "cache.save")

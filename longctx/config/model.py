@@ -22,6 +22,8 @@ class ModelSource:
       times the factor.
     * ``chat_template``: a file with a Jinja template for conversations.
     * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te"); "auto" takes te where it can run.
+    * ``fp8``: rounds the inputs of Transformer Engine's linear layers to 8 bits (None: no).  A scale belongs to a whole
+      tensor with "current", and to 128 values of a row, or to 128 x 128 of a weight, with "block".
     * ``cache``: the folder for downloaded and converted models.
     * ``name``: a name for reports and for folders in ``cache``; it does not select the model.
 
@@ -43,6 +45,7 @@ class ModelSource:
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
+    fp8: Literal["current", "block"] | None = None
     cache: str = "~/.cache/longctx"
 
     def __post_init__(self) -> None:
@@ -60,6 +63,11 @@ class ModelSource:
                 raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
         if self.rope_factor is not None and self.rope_factor < 1:
             raise ValueError(f"model.rope_factor={self.rope_factor}: use 1 or more, for a longer context")
+
+    @property
+    def precision(self) -> str:
+        """``dtype``, and the rounding to 8 bits if there is one."""
+        return f"{self.dtype} with fp8={self.fp8}" if self.fp8 else self.dtype
 
     @property
     def wheels(self) -> tuple[str, ...]:

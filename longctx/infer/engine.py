@@ -170,7 +170,7 @@ def _load_model(
     plan: SPDPlan | None = None,
 ) -> GPTModel:
     dtype = getattr(torch, model.dtype)
-    net = build_model(shape, groups, dtype=dtype, layers=layers, device=runtime.device, plan=plan)
+    net = build_model(shape, groups, dtype=dtype, layers=layers, device=runtime.device, plan=plan, fp8=model.fp8)
     hf_load.load(net, hf_load.Weights(folder, plan.dropped if plan else ()), shape)
     return net
 

@@ -35,6 +35,12 @@ _ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
 }
+# Setting model.fp8 -> fields of TransformerConfig.  The formats are the defaults of Transformer Engine's recipes.
+_FP8: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "block": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
 _LOGITS_IN_MEMORY = 50_000_000 // 4
 
 
@@ -62,6 +68,7 @@ def build_model(
     device: torch.device,
     plan: SPDPlan | None = None,
     mlp_rows: int | None = None,
+    fp8: str | None = None,
     **options: Any,
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
@@ -69,15 +76,17 @@ def build_model(
     ``layers`` is "local", or "te" for Transformer Engine's linear layers, which must be installed.  Weights are sharded
     over ``groups.tp``, layers over ``groups.pp``, experts over ``groups.ep``.  With a ``plan`` every layer is an
     `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another.  With
-    ``mlp_rows``, MLPs compute that many rows at a time (`TiledMLP`).  ``options`` are further fields of megatron-core's
-    TransformerConfig, for training.
+    ``mlp_rows``, MLPs compute that many rows at a time (`TiledMLP`).  ``fp8`` rounds the inputs of Transformer Engine's
+    linear layers (`ModelSource.fp8`).  ``options`` are further fields of megatron-core's TransformerConfig, for
+    training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
         warnings.filterwarnings(
             "ignore", message="If you are using transformer_engine as the transformer implementation"
         )
-        config = _config(shape, groups, dtype, options)
+        config = _config(shape, groups, dtype, _FP8[fp8] | options)
+    assert fp8 is None or layers == "te", "only Transformer Engine's layers round to 8 bits"
     assert layers == "local" or plan is None or plan.tp == groups.tp.size(), "sharded decoding needs local layers"
     layer_class = TransformerLayer if plan is None else SPDTransformerLayer
     stages, stage = groups.pp.size(), groups.pp.rank()

@@ -25,6 +25,8 @@ from longctx.parallel.validate import refuse_no_gpu
 _ADVICE = (
     "When using async grad allreduce it is recommended to set the environment variable",
     "To guarantee overlapping TP and SP collectives with the backward ?GEMMs, set environment variable",
+    "fp8_autocast is deprecated",  # Transformer Engine's, about megatron-core's call
+    "Cannot quantize input tensor. Performing all-gather in high precision",  # for widths that 128 does not divide
 )
 # Warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
 _TRAINING_WARNINGS = (

@@ -3,28 +3,36 @@
 Its layers that read a block's input also apply the norm before them (``layer_norm_weight``).
 """
 
+import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
 )
-from torch import nn
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from longctx.megatron.modules import BiasedInput, BiasedOutput, NormedOutput, ScaledOutput
+from longctx.parallel.validate import FP8_MULTIPLE
 
 # Loading overwrites all weights.  megatron-core would allocate each layer's whole, unsharded weight in float32 for the
 # initial values, even where it is set to draw none.
 setattr(transformer_engine, "_initialize_affine_weight_cpu", lambda *_, **__: None)  # noqa: B010
 
 
-class _Communicates(nn.Module):
-    """Adds megatron-core's flag ``explicit_expert_comm`` to a layer of Transformer Engine: the caller communicates.
+class _Linear(nn.Module):
+    """A linear layer of Transformer Engine that takes any number of rows, with ``explicit_expert_comm``.
 
-    Transformer Engine reads ``parallel_mode`` at every call.  None leaves out all of its collectives.
+    That is megatron-core's flag for layers whose caller communicates.  Transformer Engine reads ``parallel_mode`` at
+    every call; None leaves out all of its collectives.
+
+    With FP8, Transformer Engine multiplies multiples of 8 or 16 rows only.  Others are padded with zeros.  Under
+    sequence parallelism the caller has to pad, because the layer joins the rows of several ranks.
     """
 
     _mode: str
+    config: TransformerConfig
 
     @property
     def explicit_expert_comm(self) -> bool:
@@ -34,8 +42,15 @@ class _Communicates(nn.Module):
     def explicit_expert_comm(self, caller_communicates: bool) -> None:
         self.parallel_mode = None if caller_communicates else self._mode
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        missing = -x.shape[0] % FP8_MULTIPLE if self.config.fp8 and not self.config.sequence_parallel else 0
+        if not missing:
+            return super().forward(x)  # type: ignore[no-any-return]
+        out, bias = super().forward(F.pad(x, (0, 0, 0, 0, 0, missing)))
+        return out[: x.shape[0]], bias
 
-class TENormColumnLinear(_Communicates, TELayerNormColumnParallelLinear):
+
+class TENormColumnLinear(_Linear, TELayerNormColumnParallelLinear):
     """Transformer Engine's column-parallel projection, which first normalises its input."""
 
     _mode = "column"
@@ -45,7 +60,7 @@ class TEBiasedNormColumnLinear(BiasedInput, TENormColumnLinear):
     """`TENormColumnLinear` that has a bias even if megatron-core's configuration turns biases off."""
 
 
-class TEColumnLinear(_Communicates, TEColumnParallelLinear):
+class TEColumnLinear(_Linear, TEColumnParallelLinear):
     """Transformer Engine's column-parallel projection, without a norm."""
 
     _mode = "column"
@@ -55,7 +70,7 @@ class TEBiasedColumnLinear(BiasedInput, TEColumnLinear):
     """`TEColumnLinear` that has a bias even if megatron-core's configuration turns biases off."""
 
 
-class TERowLinear(_Communicates, TERowParallelLinear):
+class TERowLinear(_Linear, TERowParallelLinear):
     """Transformer Engine's row-parallel projection."""
 
     _mode = "row"

@@ -8,6 +8,11 @@ from longctx.config import Mesh
 from longctx.model_shape import ModelShape
 from longctx.parallel.ulysses import refuse_uneven_heads
 
+FP8_MULTIPLE = 16  # rows and widths of products with 8-bit inputs are multiples of this
+# Setting model.fp8 -> multiple of the rows of a rank in training.  Under sequence parallelism, Transformer Engine sends
+# rows in 8 bits only if they fill blocks of 128.
+FP8_ROWS = {None: 1, "current": FP8_MULTIPLE, "block": 128}
+
 
 def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     """Raise ValueError, naming the nearest degree that fits, unless ``mesh`` can shard a model of ``shape``.
@@ -84,6 +89,24 @@ def refuse_other_than_te(shape: ModelShape) -> None:
     """Raise ValueError for a mixture of experts, which ``model.layers=te`` does not support."""
     if shape.mixture:
         raise ValueError("model.layers=te does not support mixtures of experts; use model.layers=local")
+
+
+def refuse_fp8_widths(mesh: Mesh, shape: ModelShape) -> None:
+    """Raise ValueError unless a rank's widths of all linear layers are multiples that products in 8 bits need."""
+    widths = {
+        "hidden size": shape.hidden,
+        "width of the queries": shape.heads * shape.head_dim // mesh.tp,
+        "width of queries, keys and values": (shape.heads + 2 * shape.kv_heads) * shape.head_dim // mesh.tp,
+        "FFN width": shape.ffn // mesh.tp,
+    }
+    for name, width in widths.items():
+        if width % FP8_MULTIPLE:
+            on_rank = f" of a rank with mesh.tp={mesh.tp}" if mesh.tp > 1 and width != shape.hidden else ""
+            fewer = "a smaller mesh.tp or " if on_rank else ""
+            raise ValueError(
+                f"model.fp8 needs multiples of {FP8_MULTIPLE}, but the {name}{on_rank} is {width}: use {fewer}"
+                "model.fp8=null"
+            )
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:

@@ -42,7 +42,8 @@ class ContextParallel:
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
     recomputation in the backward does not run the ring again.  ``dtype`` is that of rotary angles: float64 for models
     in float64, else float32.  ``check_schedule`` proves for each sequence that attention's messages match on all ranks
-    and cannot deadlock.  ``offload`` takes the activations that the backward needs (None: they stay).
+    and cannot deadlock.  ``offload`` takes the activations that the backward needs (None: they stay).  Every rank pads
+    its rows to a multiple of ``row_multiple``, also after tensor-parallel ranks have split them.
     """
 
     length: int
@@ -53,6 +54,7 @@ class ContextParallel:
     dtype: torch.dtype = torch.float32
     check_schedule: bool = False
     offload: Offload | None = None
+    row_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,15 @@ def micro_batches(
     return [_micro_batch(*sequence, mean_counted, runtime, shape, parallelism, buckets) for sequence in sequences]
 
 
-def rows_per_rank(length: int, runtime: Runtime) -> int:
+def rows_per_rank(length: int, runtime: Runtime, multiple: int = 1) -> int:
     """Return the rows that every rank is padded to: enough for a sequence of ``length`` with any document boundaries.
 
     The number is fixed, because pipeline stages need to know the shape that they receive.  `shard_balanced` gives a
     rank at most two rows more than an even share.  Tensor-parallel ranks split the rows under sequence parallelism, so
-    ``tp`` divides the number.
+    the number is a multiple of ``tp`` x ``multiple``.
     """
-    max_rows, tp = -(-length // runtime.mesh.context) + 2, runtime.mesh.tp
-    return -(-max_rows // tp) * tp
+    max_rows, step = -(-length // runtime.mesh.context) + 2, runtime.mesh.tp * multiple
+    return -(-max_rows // step) * step
 
 
 def _micro_batch(
@@ -153,7 +155,7 @@ def _micro_batch(
     ring, ulysses = runtime.ring, runtime.ulysses
     layout = shard_balanced(lengths, LAYOUTS[parallelism.layout], [0] * ring.size).split(ulysses.size)
     rank = ring.rank * ulysses.size + ulysses.rank
-    rows = rows_per_rank(parallelism.length, runtime)
+    rows = rows_per_rank(parallelism.length, runtime, parallelism.row_multiple)
     index = layout.index(rank)
     missing = rows - len(index)
     assert missing >= 0, f"{len(index)} rows on a rank, room for {rows}"

@@ -100,13 +100,14 @@ def resolve_target(
     decode_by_batch: bool = False,
     proves_schedule: bool = False,
     spd: Literal["follow", "refuse", "ignore"] = "follow",
+    fp8: tuple[str, ...] = (),
 ) -> Target:
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
     allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``,
     ``proves_schedule`` allows ``context.check_schedule``.  ``spd`` says whether a plan of dropped reductions is
-    followed, refused or ignored.
+    followed, refused or ignored.  ``fp8`` lists the values of ``model.fp8`` that the recipe allows.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
@@ -135,14 +136,15 @@ def resolve_target(
     if needs_weights:
         refuse_damaged(model, folder, shape)
     refuse_unfit(mesh, shape)
-    if context.check_schedule:
-        refuse_unproved(context, mesh, shape, recipe, proves=proves_schedule)
+    refuse_unproved(context, mesh, shape, recipe, proves=proves_schedule)
     if spd == "refuse":
         refuse_adapted(folder, recipe)
     plan = plan_of(config, mesh, model, folder, shape, context.decode) if spd == "follow" and "spd" in config else None
     reduce = section(config, "reduce", Reduce) if "reduce" in config else Reduce()
     refuse_rounded(reduce, mesh, model, context, shape)
-    return Target(model, folder, shape, mesh, context, run, plan, None if reduce.exact else reduce)
+    target = Target(model, folder, shape, mesh, context, run, plan, None if reduce.exact else reduce)
+    refuse_fp8(target, recipe, fp8, config.get("hardware"))
+    return target
 
 
 def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch: bool) -> None:
@@ -162,6 +164,30 @@ def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch
             "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
             "context.decode=gather_merge"
         )
+
+
+def refuse_fp8(target: Target, recipe: str, allowed: tuple[str, ...], hardware: str | None) -> None:
+    """Raise ValueError if ``model.fp8`` is set and ``recipe``, the model or another setting does not support it.
+
+    ``allowed`` has the values that ``recipe`` supports.
+    """
+    from longctx.parallel.validate import refuse_fp8_widths
+
+    model = target.model
+    if not model.fp8:
+        return
+    if model.fp8 not in allowed:
+        instead = f"model.fp8={allowed[0]}, or model.fp8=null" if allowed else "model.fp8=null"
+        raise ValueError(f"model.fp8={model.fp8} is not supported in {recipe}: use {instead}")
+    for fits, instead in (
+        (model.layers == "te", "model.layers=te"),
+        (model.dtype == "bfloat16", "model.dtype=bfloat16"),
+        (target.plan is None, "spd=none"),
+        (hardware is None, "hardware=null, since predictions are for 16 bits"),
+    ):
+        if not fits:
+            raise ValueError(f"model.fp8={model.fp8} is supported only with {instead}")
+    refuse_fp8_widths(target.mesh, target.shape)
 
 
 def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Context, shape: ModelShape) -> None:
@@ -211,8 +237,10 @@ def say_unapplied(folder: Path, sampling: Sampling) -> None:
 def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:
     """Raise ValueError if ``context.check_schedule`` has nothing to prove, or if no proof is implemented.
 
-    Call it only if ``context.check_schedule`` is set.  ``proves`` says whether ``recipe`` implements a proof.
+    ``proves`` says whether ``recipe`` implements a proof.
     """
+    if not context.check_schedule:
+        return
     if not proves:
         raise ValueError(
             "context.check_schedule=true works in recipes.generate, chat, pretrain, extend and finetune; "

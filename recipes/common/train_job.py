@@ -115,11 +115,10 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe, (*REPLACED_FILES, "model"))
-    target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
+    fp8 = () if recipe.startswith("recipes.bench") else ("block", "current")
+    target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True, fp8=fp8)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
-    _refuse_untrainable(target, settings)
-    if not recipe.startswith("recipes.bench"):  # some benchmarks decode, too
-        _refuse_decode(target)
+    _refuse_untrainable(target, settings, recipe)
     refuse_offload(target, settings.offload, lora)
     refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
@@ -160,9 +159,13 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     return job
 
 
-def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
+def _refuse_untrainable(target: Target, settings: TrainSettings, recipe: str) -> None:
+    if not recipe.startswith("recipes.bench"):  # some benchmarks decode, too
+        _refuse_decode(target)
     if target.reduce:
         raise ValueError(f"rounded reductions ({target.reduce}) are for inference: leave out reduce")
+    if target.model.fp8 and settings.mlp_rows:
+        raise ValueError(f"mlp_rows={settings.mlp_rows} is not tested with model.fp8: use mlp_rows=null")
     if settings.mlp_rows and target.shape.mixture:
         raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
     if settings.hardware:

@@ -97,7 +97,8 @@ def refuse_no_room(job: TrainJob) -> None:
 def refuse_other_run(job: TrainJob) -> None:
     """Raise ValueError if the last whole checkpoint is beyond this run's steps, or was made with other settings.
 
-    These are the text, the initial weights, the dropped blocks, optim.zero1, model.dtype, data.conversations and lora.
+    These are the text, the initial weights, the dropped blocks, optim.zero1, model.dtype, model.fp8,
+    data.conversations and lora.
     """
     place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
     if not place:
@@ -120,6 +121,7 @@ def refuse_other_run(job: TrainJob) -> None:
     for name, before, now in (
         ("optim.zero1", config["optim"]["zero1"], job.optim.zero1),
         ("model.dtype", config["model"]["dtype"], job.target.model.dtype),
+        ("model.fp8", config["model"].get("fp8"), job.target.model.fp8),
         ("data.conversations", config["data"].get("conversations"), job.data.conversations),
         *((f"lora.{name}", before, now) for name, before, now in _lora_settings(config, job)),
     ):

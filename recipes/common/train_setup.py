@@ -38,6 +38,7 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
         mlp_rows=job.settings.mlp_rows,
         plan=target.plan,
         lora=job.lora,
+        fp8=target.model.fp8,
         seed=job.settings.seed,
     )
 
@@ -46,6 +47,7 @@ def context_parallel(runtime: Runtime, state: TrainState, job: TrainJob, kernel:
     """Return how ``job``'s ranks share sequences and attend to them, and where activations wait for the backward."""
     from longctx.megatron.training.offload import open_offload
     from longctx.parallel.strategy import STRATEGIES
+    from longctx.parallel.validate import FP8_ROWS
     from longctx.train.step import ContextParallel
 
     context, settings = job.target.context, job.settings
@@ -57,4 +59,5 @@ def context_parallel(runtime: Runtime, state: TrainState, job: TrainJob, kernel:
         keep_partials=settings.recompute != "none",
         check_schedule=context.check_schedule,
         offload=open_offload(settings.offload, state.net.parameters(), runtime.device),
+        row_multiple=FP8_ROWS[job.target.model.fp8],
     )

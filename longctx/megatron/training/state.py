@@ -63,13 +63,15 @@ def build_train_state(
     mlp_rows: int | None = None,
     plan: SPDPlan | None = None,
     lora: LoRA | None = None,
+    fp8: str | None = None,
     seed: int = 0,
 ) -> TrainState:
     """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
     The loss computes ``loss_rows`` rows at a time, an MLP ``mlp_rows`` (None: all).  The blocks that ``plan`` names
     drop a reduction, in the forward and in the backward pass.  If ``lora`` has a rank, adapters are trained instead of
-    the weights; ``seed`` draws their initial values.
+    the weights; ``seed`` draws their initial values.  ``fp8`` is `ModelSource.fp8`; `ContextParallel.row_multiple` is
+    then `FP8_ROWS`.
     """
     assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
     # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.
@@ -81,6 +83,7 @@ def build_train_state(
         device=runtime.device,
         plan=plan,
         mlp_rows=mlp_rows,
+        fp8=fp8,
         pipeline_model_parallel_size=runtime.mesh.pp,
         pipeline_dtype=dtype,
         batch_p2p_sync=False,

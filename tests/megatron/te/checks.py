@@ -29,6 +29,7 @@ from tests.megatron.te.ranks import (
 
 # Kind, biases, sequence parallelism, norms per rank.
 LAYER_CASES = [*product(["dropped"], [False, True], [False, True], [False]), ("dropped", True, False, True)]
+FP8 = ("current", "block")
 PROMPT = 8191  # tokens of the large model's prompt
 
 
@@ -36,6 +37,13 @@ def main(folder: Path) -> None:
     """Write FOLDER/results.pt: by check, what each rank returned, or the traceback of the rank that failed."""
     models = {place.name: place for place in sorted((folder / "models").iterdir())}
     llama, biased, gemma = (models[kind] for kind in ("tied llama", "llama with all biases", "gemma3"))
+    wide = {place.name: place for place in sorted((folder / "wide").iterdir())}
+    in_8_bits = [Training(place, fp8=fp8) for place in wide.values() for fp8 in FP8]
+    fp8_options = [
+        Training(wide["llama with all biases"], fp8=fp8, **option)
+        for option in ({"recompute": "selective"}, {"recompute": "full"}, {"sequence_parallel": False})
+        for fp8 in FP8
+    ]
     every = [Training(place) for place in models.values()]
     tp2 = [
         *every,
@@ -61,9 +69,13 @@ def main(folder: Path) -> None:
         "checkpoint": (2, round_trip, Mesh(tp=2), saved, folder / "checkpoints"),
         "layer tp=2": (2, run_layers, 2, LAYER_CASES),
         "layer tp=3": (3, run_layers, 3, LAYER_CASES),
+        **{f"logits fp8={x}": (1, compare_logits, Mesh(), wide, "float64", (), folder / x, x) for x in FP8},
+        "training fp8 tp=1": (1, compare_training, Mesh(), in_8_bits),
+        "training fp8 tp=2": (2, compare_training, Mesh(tp=2), [*in_8_bits, *fp8_options]),
+        "training fp8 ring=2 pp=2": (4, compare_training, Mesh(ring=2, pp=2), in_8_bits[:2]),
         "kernels": (1, run_kernels, folder / "small", kernels),
         "meta": (1, run_large, folder / "large", PROMPT),
-        "mutations": (2, noticed, Mesh(tp=2), models),
+        "mutations": (2, noticed, Mesh(tp=2), {**models, "wide llama": wide["tied llama"]}),
     }
     torch.save({name: _outcome(*check) for name, check in checks.items()}, folder / "results.pt")
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from longctx.megatron import spec, te_modules
+from megatron.core.transformer.module import MegatronModule
+
+from longctx.megatron import model, spec, te_modules
 from longctx.megatron.hf_io import names
 from longctx.megatron.spd.layer import SPDTransformerLayer
+from longctx.parallel.validate import FP8_ROWS
 
+_BLOCK = {"fp8": "block"}
 _WITHOUT_SP = {"dropped": (1,), "sequence_parallel": False}
 
 
@@ -76,5 +80,18 @@ MUTATIONS = {
     ),
     "gradients of norms not summed over ranks": Mutation(
         "tied llama", lambda: patch.object(SPDTransformerLayer, "_sum_over_ranks", lambda self, x: x), _WITHOUT_SP
+    ),
+    "weights rounded to 8 bits in the first step only": Mutation(
+        "wide llama", lambda: patch.object(MegatronModule, "set_is_first_microbatch", lambda self: None), _BLOCK
+    ),
+    "rows that do not fill products in 8 bits": Mutation("wide llama", lambda: patch.dict(FP8_ROWS, block=1), _BLOCK),
+    "no rounding to 8 bits": Mutation("wide llama", lambda: patch.dict(model._FP8, block={}), _BLOCK),
+    "a scale a tensor instead of one a block": Mutation(
+        "wide llama", lambda: patch.dict(model._FP8, block=model._FP8["current"]), _BLOCK
+    ),
+    "gradients in the format of activations": Mutation(
+        "wide llama",
+        lambda: patch.dict(model._FP8, current=model._FP8["current"] | {"fp8": "e4m3"}),
+        {"fp8": "current"},
     ),
 }

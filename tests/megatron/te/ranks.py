@@ -31,23 +31,33 @@ class Training:
     dropped: tuple[int, ...] = ()
     sequence_parallel: bool = True
     dtype: str = "float64"
+    fp8: str | None = None
 
 
 def compare_logits(
-    rank: Rank, mesh: Mesh, models: Mapping[str, Path], dtype: str, dropped: tuple[int, ...], to: Path
+    rank: Rank,
+    mesh: Mesh,
+    models: Mapping[str, Path],
+    dtype: str,
+    dropped: tuple[int, ...],
+    to: Path,
+    fp8: str | None = None,
 ) -> dict[str, tuple[float, bool]]:
     """Return, by model, the largest difference of the logits of both kinds of layers, relative to the largest logit.
 
-    The second value is True if an export from Transformer Engine's layers has the tensors of the model's folder.
+    The second value is True if an export from Transformer Engine's layers has the tensors of the model's folder.  With
+    ``fp8``, the products of local layers are those of `fp8_oracle`.
     """
     from longctx.megatron.runtime import open_runtime
 
     with open_runtime(rank, mesh, timeout_minutes=2) as runtime, torch.inference_mode():
-        return {kind: _compare_logits(runtime, folder, dtype, dropped, to / kind) for kind, folder in models.items()}
+        return {
+            kind: _compare_logits(runtime, folder, dtype, dropped, to / kind, fp8) for kind, folder in models.items()
+        }
 
 
 def _compare_logits(
-    runtime: Any, folder: Path, dtype: str, dropped: tuple[int, ...], to: Path
+    runtime: Any, folder: Path, dtype: str, dropped: tuple[int, ...], to: Path, fp8: str | None
 ) -> tuple[float, bool]:  # fmt: skip
     from longctx.attention.layout import zigzag
     from longctx.infer.engine import Engine, next_logits
@@ -55,15 +65,19 @@ def _compare_logits(
     from longctx.megatron.hf_io import export, load
     from longctx.megatron.model import build_model
     from longctx.parallel.ring import pass_kv
+    from tests.megatron.te.fp8_oracle import round_products
 
     shape, each = shape_of(folder), {}
     plan = SPDPlan(shape.layers, runtime.mesh.tp, dropped) if dropped else None
     tokens = torch.randint(shape.vocab_size, (53,), generator=torch.Generator().manual_seed(3))
     for layers in LAYERS:
         net = build_model(
-            shape, runtime.groups, dtype=getattr(torch, dtype), layers=layers, device=runtime.device, plan=plan
-        )
+            shape, runtime.groups, dtype=getattr(torch, dtype), layers=layers, device=runtime.device, plan=plan,
+            fp8=fp8 if layers == "te" else None,
+        )  # fmt: skip
         load.load(net, load.Weights(folder), shape)
+        if fp8 and layers == "local":
+            round_products(net, fp8)
         engine = Engine(net, shape, reference, tp=runtime.tp)
         hidden = run_pass(engine, tokens, zigzag(53, 1), engine.cache(53), engine.everywhere(pass_kv))
         each[layers] = next_logits(engine, hidden)
@@ -89,7 +103,7 @@ def compare_training(rank: Rank, mesh: Mesh, cases: Sequence[Training]) -> list[
     """Return, for each case, the relative differences of both kinds of layers.
 
     ``gradient`` is the largest of all tensors.  In float32 there are also ``norm``, of all gradients, and ``next``, the
-    loss after the optimizer's step.
+    loss after the optimizer's step.  With ``fp8``, there is ``changed``, the loss after the weights have changed.
     """
     from longctx.megatron.runtime import open_runtime
 
@@ -101,7 +115,7 @@ def _errors(local: Mapping[str, Any], te: Mapping[str, Any]) -> dict[str, float]
     assert local["keys"] == te["keys"], "a checkpoint of one kind of layers does not load into the other"
     assert set(local["gradients"]) == set(te["gradients"])
     gradients = [(te["gradients"][name] - g).norm() / g.norm() for name, g in local["gradients"].items()]
-    errors = {name: abs(te[name] / local[name] - 1) for name in ("loss", "norm", "next") if name in local}
+    errors = {name: abs(te[name] / local[name] - 1) for name in ("loss", "norm", "next", "changed") if name in local}
     return {**errors, "gradient": float(torch.stack(gradients).max())}
 
 
@@ -121,6 +135,10 @@ def _train(runtime: Any, case: Training, layers: str, kernel: Kernel = reference
             p.data.copy_(weight)
         keys = {each.key for each in trained.net.sharded_state_dict(metadata={}).values()}
         results = {"loss": loss, "gradients": gradients, "keys": keys}
+        if case.fp8:
+            for p in trained.net.parameters():
+                p.data.mul_(1.5)
+            results["changed"] = forward_backward(trained, batches(), learn=False).mean
         if case.dtype == "float64":  # which megatron-core's optimizers do not take
             return results
         norm, _ = optimizer_step(trained)
@@ -133,16 +151,24 @@ def train_state(runtime: Any, case: Training, layers: str, kernel: Kernel = refe
     from longctx.megatron.hf_io import load
     from longctx.megatron.training.state import build_train_state
     from longctx.parallel.ring import pass_kv
+    from longctx.parallel.validate import FP8_ROWS
     from longctx.train.step import ContextParallel, micro_batches
+    from tests.megatron.te.fp8_oracle import round_products
 
-    shape, run = shape_of(case.folder), Run(runtime.mesh, case.folder, LENGTHS, tokens=211)
+    shape, run, fp8 = shape_of(case.folder), Run(runtime.mesh, case.folder, LENGTHS, tokens=211), case.fp8
     trained = build_train_state(
         runtime, shape, Optim(zero1=case.zero1),
         lambda net: load.load(net, load.Weights(case.folder), shape),
         dtype=getattr(torch, case.dtype), layers=layers, steps=9, recompute=case.recompute, mlp_rows=case.mlp_rows,
         plan=SPDPlan(shape.layers, runtime.mesh.tp, case.dropped) if case.dropped else None,
+        fp8=fp8 if layers == "te" else None,
     )  # fmt: skip
-    parallelism = ContextParallel(37, "zigzag", kernel, pass_kv, case.recompute != "none", getattr(torch, case.dtype))
+    if fp8 and layers == "local":
+        round_products(trained.net, fp8)
+    parallelism = ContextParallel(
+        37, "zigzag", kernel, pass_kv, case.recompute != "none", getattr(torch, case.dtype),
+        row_multiple=FP8_ROWS[fp8],
+    )  # fmt: skip
     mine = rows_of_rank(sequences(run, 0), runtime.groups.dp)
     return trained, lambda: micro_batches(mine, runtime, shape, parallelism)
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.megatron.te import fp8_stand_in
+
 # Enumerations whose members Transformer Engine lists or converts to integers: in the order of its headers.
 _MEMBERS = {
     "DType": "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1",
@@ -88,8 +90,14 @@ def _generic_gemm(
 ) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
     """Return B A in cuBLAS' sense: rows of ``b`` times ``a``, either of them transposed."""
     assert quantizer is None and not gelu and options["alpha"] == 1 and not options["bulk_overlap"]
+    rounded = [fp8_stand_in.is_rounded(x) for x in (a, b)]
+    assert rounded[0] == rounded[1], "a product of 8-bit and other numbers"
+    a, b = fp8_stand_in.values_of(a, columnwise=not a_turned), fp8_stand_in.values_of(b, columnwise=b_turned)
     rows_a, rows_b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     y = (rows_b.T if b_turned else rows_b) @ (rows_a.T if a_turned else rows_a)
+    if any(rounded):
+        y = y.to({"kInt32": torch.float64, "kBFloat16": torch.bfloat16}[dtype.name])
+        assert not any(size % 16 for size in (*rows_a.shape, *rows_b.shape)), (rows_a.shape, rows_b.shape)
     bias_gradient = rows_b.sum(0) if bias is not None and grad else None
     if bias is not None and not grad:
         y = y + bias
@@ -100,9 +108,11 @@ def _generic_gemm(
     return y, bias_gradient, None, None
 
 
-def _rmsnorm_fwd(x: Tensor, weight: Tensor, eps: float, *rest: Any) -> tuple[Tensor, None, Tensor]:
-    weight = 1 + weight if rest[-1] else weight
-    return F.rms_norm(x, weight.shape, weight, eps), None, (x.square().mean(-1) + eps).rsqrt()
+def _rmsnorm_fwd(x: Tensor, weight: Tensor, eps: float, *rest: Any) -> tuple[Any, None, Tensor]:
+    _, quantizer, *_, zero_centered = rest
+    weight = 1 + weight if zero_centered else weight
+    out = F.rms_norm(x, weight.shape, weight, eps)
+    return quantizer(out) if quantizer else out, None, (x.square().mean(-1) + eps).rsqrt()
 
 
 def _rmsnorm_bwd(dy: Tensor, x: Tensor, rsigma: Tensor, weight: Tensor, _: int, centered: bool) -> tuple[Tensor, ...]:
@@ -111,10 +121,12 @@ def _rmsnorm_bwd(dy: Tensor, x: Tensor, rsigma: Tensor, weight: Tensor, _: int, 
     return rsigma[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True)), (dy * normed).sum(0)
 
 
-def _layernorm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    assert not rest[-1], "no known model has a zero-centered LayerNorm"
+def _layernorm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> tuple[Any, Tensor, Tensor]:
+    _, quantizer, *_, zero_centered = rest
+    assert not zero_centered, "no known model has a zero-centered LayerNorm"
     rsigma = (x.var(-1, correction=0) + eps).rsqrt()
-    return F.layer_norm(x, weight.shape, weight, bias, eps), x.mean(-1), rsigma
+    out = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return quantizer(out) if quantizer else out, x.mean(-1), rsigma
 
 
 def _layernorm_bwd(dy: Tensor, x: Tensor, mean: Tensor, rsigma: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -135,6 +147,7 @@ def install(folder: Path) -> None:
     extension.get_cudnn_version = lambda: 92400
     for function in (_generic_gemm, _rmsnorm_fwd, _rmsnorm_bwd, _layernorm_fwd, _layernorm_bwd):
         setattr(extension, function.__name__[1:], function)
+    fp8_stand_in.add_functions(extension)
     sys.modules["transformer_engine_torch"] = extension
     # The package's own __init__ refuses to be imported without its core.
     spec = importlib.util.find_spec("transformer_engine")
@@ -153,6 +166,7 @@ def install(folder: Path) -> None:
     # Without these, megatron-core takes torch's optimizers, as it does on CPU.
     sys.modules["transformer_engine.pytorch.optimizers"] = types.ModuleType("transformer_engine.pytorch.optimizers")
     _take_cpu_tensors()
+    fp8_stand_in.claim_support()
 
 
 def _take_cpu_tensors() -> None:
@@ -174,11 +188,14 @@ def _take_cpu_tensors() -> None:
         assert self.tp_size == 1 or self.tp_group_initialized
         self.set_activation_dtype(x)
         self.init_fp8_metadata(num_gemms=num_gemms)
+        self._check_weight_tensor_recipe_correspondence()
         return x if allow_non_contiguous else x.contiguous()
 
     module.__init__, module.prepare_forward = construct_anywhere, prepare_forward
     module.allow_different_data_and_param_types = False
-    constants.TE_DType[torch.float64] = constants.DType.kFloat32  # passed to the extension only, which ignores it
+    constants.TE_DType[torch.float64] = constants.DType.kInt32  # passed to the extension only; it has no such dtype
     gemm.get_cublas_workspace = lambda *_: torch.empty(1)
-    utils._empty_tensor = torch.Tensor
+    for each in [each for name, each in sys.modules.items() if name.startswith(utils.__package__)]:
+        if hasattr(each, "_empty_tensor"):
+            each._empty_tensor = torch.Tensor
     torch.cuda.is_current_stream_capturing = lambda: False

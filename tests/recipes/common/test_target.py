@@ -13,7 +13,7 @@ from longctx.model_shape import Experts
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from recipes.common.spd_plan import refuse_unshared
-from recipes.common.target import refuse_rounded, refuse_strategy_by_turn, refuse_unproved, resolve_target
+from recipes.common.target import refuse_fp8, refuse_rounded, refuse_strategy_by_turn, refuse_unproved, resolve_target
 from tests.recipes.conftest import SAVED
 
 
@@ -109,6 +109,33 @@ def test_rounded_reductions_are_refused_with_other_layers_and_experts(resolve):
         refuse_rounded(int8, target.mesh, target.model, target.context, routed)
 
 
+@pytest.mark.parametrize(
+    ("changes", "hardware", "fix"),
+    [
+        ({}, None, "model.dtype=bfloat16"),
+        ({"dtype": "bfloat16"}, "h200", "hardware=null"),
+        (
+            {"dtype": "bfloat16"},
+            None,
+            "the width of the queries of a rank with mesh.tp=3 is 24: use a smaller mesh.tp or",
+        ),
+    ],
+)
+def test_products_in_8_bits_need_16_bit_weights_and_even_widths(resolve, changes, hardware, fix):
+    target = resolve(PLAIN, "mesh.tp=3")
+    shape = replace(target.shape, hidden=64, head_dim=8)
+    target = replace(target, shape=shape, model=replace(target.model, layers="te", fp8="block", **changes))
+    with pytest.raises(ValueError, match=re.escape(fix)):
+        refuse_fp8(target, "recipes.test", ("block",), hardware)
+
+
+def test_products_in_8_bits_are_refused_with_dropped_reductions(resolve):
+    target = resolve(PLAIN, "mesh.tp=3", "spd=all")
+    target = replace(target, model=replace(target.model, layers="te", fp8="block", dtype="bfloat16"))
+    with pytest.raises(ValueError, match="only with spd=none"):
+        refuse_fp8(target, "recipes.test", ("block",), None)
+
+
 def test_plan_of_an_adapted_folder_is_followed(resolve):
     assert resolve(ADAPTED, "mesh.tp=2").plan.dropped == (1,)
     assert resolve(ADAPTED, "mesh.tp=2", "spd=none").plan is None
@@ -159,6 +186,11 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.check_schedule=true"], {"proves_schedule": True}, "one context rank", "use mesh.ring=2 or more"),
         (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
         (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
+        # Products in 8 bits.
+        (["model.fp8=block"], {}, "model.fp8=block is not supported in recipes.test", "use model.fp8=null"),
+        (["model.fp8=current"], {"fp8": ("block",)}, "model.fp8=current is not supported", "use model.fp8=block, or"),
+        (["model.fp8=block"], {"fp8": ("block",)}, "model.fp8=block", "only with model.layers=te"),
+        (["model.fp8=delayed"], {}, "model.fp8=delayed", "current or block"),
         # Rounded reductions.
         (["reduce=int8"], {}, "(attention int8, mlp int8, groups of 64): one tensor-parallel rank", "use mesh.tp=2"),
         (["reduce=int9", "mesh.tp=3"], {}, "reduce", "int9"),
