@@ -8,6 +8,7 @@ Without ``turns`` it reads them from the terminal or from piped input.  Prints e
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from longctx.config import Sampling
 from longctx.cost.hardware import Hardware
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from longctx.parallel.launcher import current_rank
+from longctx.parallel.launcher import current_rank, is_requeued
 from recipes.common.cli import console, main, on_ranks, say, warm_up_ranks
 from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns
 from recipes.common.decode_choice import make_decode_chooser
@@ -84,8 +85,7 @@ class ChatJob:
 
 def prepare(config: DictConfig) -> ChatJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    from longctx.infer.session_index import read_index
-    from longctx.infer.store import refuse_place, whole_session
+    from longctx.infer.store import refuse_place
 
     target = resolve_target(
         config,
@@ -105,14 +105,10 @@ def prepare(config: DictConfig) -> ChatJob:
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
     session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
     session_model += f", fp8={target.model.fp8}" if target.model.fp8 else ""
-    index = None
-    if session.load:
-        place = whole_session(absolute(session.load))
-        index = read_index(place, session_model, f"torch.{target.model.dtype}", target.shape)
-        if "crc32" not in index:
-            say(f"session.load={session.load} was saved by version 0.1: its index has no checksum and was not checked")
+    index = resumed_index(session.load, session_model, target) if session.load else None
     if session.save:
         refuse_place(absolute(session.save))
+        refuse_saved_conversation(session)
     sampling, turns = section(config, "sampling", Sampling), read_turns(settings)
     tokenizer = tokenizer_of(target.folder)
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
@@ -124,6 +120,38 @@ def prepare(config: DictConfig) -> ChatJob:
     return ChatJob(target, sampling, settings, session, index, turns, hardware, session_model, origin)
 
 
+def resumed_index(load: str, session_model: str, target: Target) -> SessionIndex:
+    """Return the index of the session that ``session.load`` names.  Raises ValueError if it cannot be resumed."""
+    from longctx.infer.session_index import read_index
+    from longctx.infer.store import whole_session
+
+    index = read_index(whole_session(absolute(load)), session_model, f"torch.{target.model.dtype}", target.shape)
+    if list(index["tokens"]) != ["0"]:
+        raise ValueError(
+            f"session.load={load} has the sequences {', '.join(index['tokens']) or 'none'}, but a conversation is "
+            "sequence 0 alone: give a folder that recipes.chat saved"
+        )
+    if "crc32" not in index:
+        say(f"session.load={load} was saved by version 0.1: its index has no checksum and was not checked")
+    return index
+
+
+def refuse_saved_conversation(session: SessionPaths) -> None:
+    """Raise ValueError if ``session.save`` has a conversation that this run neither resumes nor saved itself.
+
+    A Slurm job that was requeued takes its turns again, and replaces what it saved before.
+    """
+    from longctx.infer.session_index import INDEX
+    from longctx.infer.store import whole_session
+
+    save, load = (absolute(folder) if folder else None for folder in (session.save, session.load))
+    if save and save != load and (whole_session(save) / INDEX).exists() and not is_requeued():
+        raise ValueError(
+            f"session.save={session.save} has a conversation, which would be lost: set session.load={session.save} to "
+            "go on with it, or give another folder"
+        )
+
+
 def absolute(folder: str) -> Path:
     """Return the absolute path of ``folder``, without symbolic links: a session is replaced where it lies."""
     return Path(folder).expanduser().resolve()
@@ -132,10 +160,10 @@ def absolute(folder: str) -> Path:
 def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
     """Return the turns of the file ``settings.turns``, or of piped input, a turn a line; None if a person types them.
 
-    Raises ValueError for a faulty file, and if there is neither a file, nor piped input, nor a terminal.  Under a
-    launcher, it raises ValueError without a file.
+    Raises ValueError for a faulty file or input, and if there is neither a file, nor piped input, nor a terminal.
+    Under a launcher, it raises ValueError without a file.
     """
-    from longctx.data.turns import UserTurn, turns_from
+    from longctx.data.turns import turns_from
 
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
@@ -143,10 +171,28 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
         raise ValueError("under a launcher turns cannot be typed or piped in: give turns=FILE.jsonl")
     if sys.stdin.isatty():
         return None
-    lines = [line.strip() for line in sys.stdin]
-    if not any(lines):
+    return piped_turns(sys.stdin.buffer.read(), settings.max_new_tokens)
+
+
+def piped_turns(piped: bytes, max_new_tokens: int) -> tuple[UserTurn, ...]:
+    """Return a turn for each line of ``piped`` that is not blank; a byte-order mark is not part of the text.
+
+    Raises ValueError if there is none, and for a line that is not UTF-8.
+    """
+    from longctx.data.turns import UserTurn
+
+    turns = []
+    for number, line in enumerate(piped.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"line {number} of the piped turns is not UTF-8 text (byte {error.start} of the line): convert it"
+            ) from error
+        turns += [UserTurn(text, max_new_tokens)] if text else []
+    if not turns:
         raise ValueError("there are no turns and no terminal to type them in: give turns=FILE.jsonl")
-    return tuple(UserTurn(line, settings.max_new_tokens) for line in lines if line)
+    return tuple(turns)
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
@@ -170,7 +216,6 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
                 target.context,
                 job.sampling,
                 make_strategy_chooser(runtime, target, engine, job.hardware),
-                reserve=target.shape.max_positions,
                 choose_decode=make_decode_chooser(runtime, target, engine),
             )
             if job.session.load and job.index:

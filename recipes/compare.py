@@ -25,7 +25,7 @@ from recipes.common.renamed import rename_flat
 # ``context.decode=auto`` chooses by measured rates, changes bytes and rounding only.
 MEASURED = re.compile(
     r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff|"
-    r"decode_strategy|decode_choices\.\d+|bytes_sent|\bpython|\btorch)$"
+    r"decode_strategy|decode_choices\.\d+|context\.decode|bytes_sent|\bpython|\btorch)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
 _TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend", "recipes.finetune")

@@ -135,8 +135,8 @@ def model_of(place: Path) -> Path:
 
 def run_of(place: Path) -> Path:
     """Return the folder of the run of checkpoint ``place``, which may be a link into a run, or a link in a run."""
-    linked = place.resolve().parents[1]
-    runs = (place.parents[1], linked) if place.parent.name == "checkpoints" else (linked, place.parents[1])
+    near, linked = place.parent.parent, place.resolve().parent.parent  # a checkpoint may be in the folder /
+    runs = (near, linked) if place.parent.name == "checkpoints" else (linked, near)
     return next((run for run in runs if (run / "model" / "config.json").is_file()), runs[0])
 
 

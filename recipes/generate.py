@@ -23,7 +23,7 @@ from longctx.parallel.launch import Rank
 from recipes.common.answers import Answer, decode_answers, in_megabytes
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
-from recipes.common.hardware_file import read_machine, refuse_other_rates, refuse_other_threads
+from recipes.common.hardware_file import read_machine, refuse_more_ranks, refuse_other_rates, refuse_other_threads
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
@@ -127,6 +127,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
     answered = tuple(prompt for prompt in prompts for _ in range(settings.n))
     machine = read_machine(settings.hardware) if settings.hardware else None
+    refuse_more_ranks(settings.hardware, machine, target.mesh.ranks, "hardware=null")
     if settings.hardware:
         refuse_other_rates(settings.hardware, target.model.dtype)
         refuse_unpredicted(target)

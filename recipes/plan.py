@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal
 
@@ -23,17 +24,24 @@ from pydantic import PositiveFloat, PositiveInt
 from rich.table import Table
 
 from longctx.config import ModelSource
-from longctx.hf.config import shape_of
+from longctx.hf.config import refuse_untrainable, shape_of
 from longctx.hf.locate import locate
 from longctx.text_file import write_text
 from recipes.common.cli import console, main, say
-from recipes.common.hardware_file import is_measured_on_cpus, read_machine, refuse_other_rates
+from recipes.common.hardware_file import (
+    is_measured_on_cpus,
+    measured_mesh,
+    measured_threads,
+    read_machine,
+    refuse_more_ranks,
+    refuse_other_rates,
+)
 from recipes.common.places import refuse_unwritable
 from recipes.common.plan_question import Question, WorkSettings
 from recipes.common.planning import Plan, best_by_strategy, plans_of
 from recipes.common.plots import draw_plan
 from recipes.common.settings import section, top_level
-from recipes.common.spd_report import read_allowed_drop
+from recipes.common.spd_report import axes_of, read_allowed_drop
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,14 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         )
     if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
         raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
-    machine = read_machine(settings.hardware)
-    model = section(config, "model", ModelSource)
+    machine, model = read_machine(settings.hardware), section(config, "model", ModelSource)
+    refuse_more_ranks(settings.hardware, machine, settings.gpus, f"gpus={machine.gpus} or fewer")
     refuse_other_rates(settings.hardware, model.dtype)
     if model.fp8:
         raise ValueError(f"model.fp8={model.fp8} is not modelled: use model.fp8=null, for the times in {model.dtype}")
-    shape = shape_of(locate(model, say))
+    shape = shape_of(folder := locate(model, say))
+    if work.kind == "train":
+        refuse_untrainable(folder)
     if shape.mixture and work.kind != "train":
         raise ValueError(f"work={work.kind} of {model.name}, a mixture of experts, is not modelled: use work=train")
     question = Question(
@@ -99,7 +109,13 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         allowed_drop=read_allowed_drop(str(settings.allowed_drop), model.name),
         max_ttft_s=settings.max_ttft_s,
         max_memory_gb=settings.max_memory_gb,
+        operations="cpu" if is_measured_on_cpus(settings.hardware) else "cuda",
     )
+    if question.allowed_drop.share and not question.drop_share:
+        raise ValueError(
+            f"allowed_drop={settings.allowed_drop} is less than one of the model's {shape.layers} blocks: use "
+            f"allowed_drop={ceil(1e4 / shape.layers) / 1e4:g} or more, or allowed_drop=0"
+        )
     return PlanJob(question, settings, model)
 
 
@@ -122,8 +138,11 @@ def refuse_no_plan(plans: Sequence[Plan]) -> None:
     if plans[0].refused is None:
         return
     memory = min(plans, key=lambda plan: (not plan.over_limit, plan.memory_gb))
-    reasons = "; ".join(f"{plan.mesh}: {plan.refused}" for plan in (memory, plans[0]))
-    raise ValueError(f"no mesh of {plans[0].mesh.ranks} GPUs is feasible ({reasons}): use more GPUs, or other limits")
+    reasons = "; ".join(dict.fromkeys(f"{plan.mesh}: {plan.refused}" for plan in (memory, plans[0])))
+    work, largest = memory.question.work, max(memory.memory_parts, key=lambda part: memory.memory_parts[part])
+    spares = memory.over_limit and work.kind == "train" and work.recompute != "full" and largest == "activations"
+    advice = "work.recompute=full, more GPUs" if spares else "more GPUs"
+    raise ValueError(f"no mesh of {plans[0].mesh.ranks} GPUs is feasible ({reasons}): use {advice}, or other limits")
 
 
 def table_of(plans: Sequence[Plan]) -> Table:
@@ -165,21 +184,13 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     meaning = {"prefill": "time to first token", "decode": "time per token", "chat": "a turn", "train": "a step"}
     console.print(f"{job.model.name}, {question.gpus} GPUs of {job.settings.hardware}: {meaning[work.kind]}")
     console.print(table_of(feasible[: job.settings.show]))
-    if is_measured_on_cpus(job.settings.hardware) and work.kind not in {*question.machine.errors, "chat"}:
-        console.print(
-            f"how far predictions are off on {job.settings.hardware} is not known: measure it there with "
-            f"python -m recipes.bench times hardware={job.settings.hardware} model.dtype={job.model.dtype} record=true "
-            "only=[prefill,decode,train,four_ranks]"
-        )
+    for line in caveats(job):
+        console.print(line)
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)
     if question.allowed_drop.why:
         console.print(question.allowed_drop.why)
     limit = f" of {question.memory_gb:,.{0 if question.memory_gb >= 10 else 2}f}" if question.memory_gb else ""
     console.print(f"memory of the best, GB{limit}: {parts}")
-    if question.numbers(best.mesh).ffn < question.dtype_bytes:
-        console.print(
-            f"{job.settings.hardware} was measured with FP8 feed-forward weights, which the recipes do not support"
-        )
     if work.total > question.shape.max_positions:
         console.print(
             f"the model has {question.shape.max_positions:,} positions: a run of {work.total:,} tokens also needs "
@@ -188,6 +199,29 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     faster = {plan.mesh: plan for plan in reversed(plans) if plan.refused and plan.seconds < best.seconds}
     for plan in sorted(faster.values(), key=lambda plan: plan.seconds)[:3]:
         console.print(f"faster, but not feasible: {plan.mesh} {in_words(plan.seconds)}: {plan.refused}")
+
+
+def caveats(job: PlanJob) -> Iterator[str]:
+    """Yield lines on how the constants of the machine differ from those of a run, and on errors that are not known."""
+    question, hardware = job.question, job.settings.hardware
+    if is_measured_on_cpus(hardware) and question.work.kind not in {*question.machine.errors, "chat"}:
+        threads = measured_threads(hardware)
+        yield (
+            f"how far predictions are off on {hardware} is not known: measure it there with "
+            f"python -m recipes.bench times hardware={hardware} model.dtype={job.model.dtype} "
+            f"{f'run.threads={threads} ' if threads else ''}record=true only=[prefill,decode,train,four_ranks]"
+        )
+    mesh = measured_mesh(hardware)
+    if mesh and question.gpus > max(2, prod(axes_of(mesh).values())) and not question.machine.ranks_at_once:
+        yield (
+            f"the links of {hardware} were measured on {mesh}: if {question.gpus} GPUs are on more nodes than those "
+            "ranks, their links are slower than predicted"
+        )
+    if question.machine.ffn_element_bytes and question.dtype_bytes == 2:
+        yield (
+            f"the rate of matrix products of {hardware} was measured with FP8 feed-forward weights: "
+            f"in {job.model.dtype}, products take longer than predicted"
+        )
 
 
 def table_by_length(question: Question, lengths: Sequence[int]) -> Table:

@@ -5,8 +5,8 @@
 The command is started only if it is one of longctx.  A Slurm job's run has a frozen copy of its source in DIR/code,
 and that copy runs: reproduce such a run only if you trust its folder.
 The new run, and the session that a conversation saves, are written to DIR-again.  A run that is given by its file
-x.json writes x-again.json in the same folder, and its session to x-again-session.  The exit code is 1 if the final
-figures differ.
+x.json writes x-again.json in the same folder, and its session to x-again-session.  A conversation whose turns were
+typed or piped in is refused: its manifest does not have them.  The exit code is 1 if the final figures differ.
 """
 
 import os
@@ -38,6 +38,7 @@ def run_again(run: str) -> str:
     """
     manifest = manifest_of(run)
     refuse_foreign_command(run, manifest)
+    _refuse_typed_turns(run, manifest)
     folder = folder_of(Path(run).expanduser()).resolve()
     if is_file_name(run):
         out = _unused(folder / Path(run).name)
@@ -50,10 +51,15 @@ def run_again(run: str) -> str:
     words += [path_word("out", str(out)), *_session_beside(run, manifest, session), *_decoded(run, manifest)]
     # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
+    if os.pathsep in str(source):
+        raise ValueError(
+            f"{run}: Python reads {os.pathsep} as the end of a folder's name, and would run other code than that in "
+            f"{source}: rename the folder"
+        )
     command = [sys.executable, "-m", manifest["module"], *words]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
     cwd = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
-    code = subprocess.run(command, env=environment, cwd=cwd, check=False).returncode
+    code = subprocess.run(command, env=environment, cwd=cwd, check=False, stdin=subprocess.DEVNULL).returncode
     if code not in (0, GATE_FAILED):
         raise RankFailed(0, 1, f"ended with {code}, in {out}", "")
     return str(out)
@@ -70,6 +76,15 @@ def refuse_foreign_command(run: str, manifest: Manifest) -> None:
         raise ValueError(
             f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is not a command of longctx: "
             "reproduce runs that longctx made"
+        )
+
+
+def _refuse_typed_turns(run: str, manifest: Manifest) -> None:
+    """Raise ValueError if ``run`` is a conversation whose turns came from a terminal or a pipe."""
+    if manifest["module"] == "recipes.chat" and not manifest["config"].get("turns"):
+        raise ValueError(
+            f"{run}: its turns were typed or piped in, and its manifest does not have them: give runs that are to be "
+            "reproduced their turns with turns=FILE.jsonl"
         )
 
 

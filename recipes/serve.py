@@ -196,8 +196,11 @@ def refuse_missing_packages() -> None:
         raise ValueError(f"recipes.serve needs {error.name}: pip install 'longctx[serve]'") from error
 
 
-def run_rank(rank: Rank, job: ServeJob) -> None:
-    """Serve on one rank: the first rank answers the clients, and the others compute the steps that it plans."""
+def run_rank(rank: Rank, job: ServeJob) -> int:
+    """Serve on one rank: the first rank answers the clients, and the others compute the steps that it plans.
+
+    The first rank returns the number of requests that it cut off at the end, the others 0.
+    """
     from longctx.infer.continuous import ContinuousSession
     from longctx.infer.page_files import PageFiles
     from longctx.serve.ranks import follow
@@ -218,19 +221,22 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
                 choose_decode=make_decode_chooser(runtime, target, engine),
             )
         files = PageFiles(job.cache.folder / f"rank{rank.rank}", console.print) if job.cache.folder else None
+        cut = 0
         if rank.rank == 0:
-            speak(session, runtime, job, stop, files)
+            cut = speak(session, runtime, job, stop, files)
         else:
             follow(session, runtime.world, files, job.one_rank(rank))
         stop.over()
+    return cut
 
 
 def speak(
     session: ContinuousSession, runtime: Runtime, job: ServeJob, stop: StopRequest, files: PageFiles | None
-) -> None:
+) -> int:
     """Answer the clients on the first rank until a request to stop; then finish the open answers.
 
-    ``files`` stores pages on disk (None: no page is saved).
+    ``files`` stores pages on disk (None: no page is saved).  Returns the number of requests that were cut off, since
+    their clients did not send or read them to the end.
     """
     from longctx.serve.app import Front, make_app
     from longctx.serve.http import serve
@@ -252,6 +258,7 @@ def speak(
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"{name} answers at http://{host}:{at.getsockname()[1]}/v1")
         serve(service, front, make_app(front), at, lambda: stop.received)
+    return front.cut
 
 
 def stop_on_sigterm() -> None:
@@ -296,8 +303,9 @@ def task(config: DictConfig) -> None:
     if current_rank() is None:
         stop_on_sigterm()
     with hold_pages(job):
-        on_ranks(job.target.mesh, run_rank, job)
-    say("stopped, as asked: all requests were answered")
+        cut = on_ranks(job.target.mesh, run_rank, job)
+    slow = f"; {cut} more had a client that did not send all of it, or read all of its answer, in time" if cut else ""
+    say(f"stopped, as asked: all requests were answered{slow}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ was written.  Source: arXiv 2502.20727.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -312,7 +313,8 @@ def show(job: AdaptJob, result: AdaptResult, dropped: list[DroppedBlock]) -> Non
         )
     mesh = job.target.mesh
     console.print(
-        f"to use it: python -m recipes.generate model={job.out} mesh.tp={mesh.tp} prompt.text='Once upon a time'"
+        f"to use it: python -m recipes.generate {shlex.quote(f'model={job.out}')} mesh.tp={mesh.tp} "
+        "prompt.text='Once upon a time'"
     )
 
 

@@ -115,7 +115,7 @@ def is_active(job: int) -> bool:
 
     Raises ValueError if squeue fails, unless the reason is that Slurm has forgotten a job that ended.
     """
-    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
+    done = _answer("squeue", "--noheader", f"--jobs={job}")
     # Slurm forgets a job some time after its end, and then calls its number invalid.
     if done.returncode and "invalid job id" not in done.stderr.lower():
         raise ValueError(
@@ -127,13 +127,18 @@ def is_active(job: int) -> bool:
 
 def _run(*command: str) -> str:
     """Return the output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _answer(*command)
     if done.returncode:
         errors = _errors(done.stderr)
         if command[0] == "sbatch":
             raise ValueError(f"Slurm refuses: {errors}; change the setting that this message names")
         raise ValueError(f"{command[0]} fails: {errors}; submit again when it works")
     return done.stdout
+
+
+def _answer(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a Slurm command.  Its output may be no UTF-8 text: squeue cuts a job's name after eight bytes."""
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
 
 def _errors(stderr: str) -> str:

@@ -1,13 +1,12 @@
 """The contents of a job's folder: a copy of the source, each run's settings, and the job script."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from longctx.text_file import write_text
-from recipes.common.provenance import ROOT, commit_of, diff_of, is_checkout
+from recipes.common.provenance import ROOT, commit_of, diff_of, git, is_checkout
 from slurm.plan import JobPlan
 from slurm.render import script_of
 
@@ -66,6 +65,4 @@ def _git_files(*options: str) -> list[str]:
     """Return the paths that ``git ls-files`` lists; none for an installed copy, even inside a checkout."""
     if not is_checkout(ROOT):
         return []
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [name for name in done.stdout.split("\0") if name]
+    return [name for name in git(ROOT, "ls-files", "-z", *options, errors="surrogateescape").split("\0") if name]

@@ -1,6 +1,7 @@
 """The plan of a job: recipe, settings, ranks and folders, checked before anything is written or queued."""
 
 import itertools
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -101,6 +102,11 @@ def plan_job(
     refuse_line_breaks("folder", str(folder))
     if "\\" in str(folder):
         raise ValueError(f"folder={folder}: Slurm interprets a backslash in a log's name: use a name without it")
+    if os.pathsep in str(folder):
+        raise ValueError(
+            f"folder={folder}: Python reads {os.pathsep} as the end of a folder's name, and would not find the job's "
+            "copy of the source: use a name without it"
+        )
     if not settings.dry_run:
         refuse_unwritable_folder(str(folder), "folder")
         _refuse_foreign_files(folder)
@@ -180,7 +186,8 @@ def _parse(config_name: str, word: str) -> Override:
 def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str], taken: Collection[Path]) -> Path:
     """Return the job's folder: ``folder``, the recipe's ``out`` if it is one folder, or a new one in outputs/slurm.
 
-    The new one is not among those that are ``taken``.
+    The new one is not among those that are ``taken``.  Its name has this process's number, so that two submissions of
+    the same second do not share a folder.
     """
     if settings.folder:
         return absolute(settings.folder)
@@ -188,7 +195,7 @@ def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str
         out = _parse(config_name, word).value() if word.startswith("out=") else None
         if out and not is_file_name(str(out)):
             return absolute(OmegaConf.create([out])[0])  # without the escapes of ${
-    name = f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(place for place in map(absolute, names) if place not in taken and not place.exists())
 

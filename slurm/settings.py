@@ -10,7 +10,7 @@ import yaml
 from pydantic import NonNegativeInt, PositiveInt
 
 from recipes.common.cli import compose_config, say
-from recipes.common.overrides import CONFIGS, as_overrides, choices, quote
+from recipes.common.overrides import CONFIGS, as_overrides, choices, is_quoted, quote
 from recipes.common.settings import section, top_level
 
 NOT_QUEUED = 0  # stands for the number of a pipeline's previous job before that job is queued
@@ -161,8 +161,8 @@ def refuse_line_breaks(name: str, text: str) -> None:
 def _quote_free_text(word: str) -> str:
     """Return ``word``, with its value in quotes if it may hold commas or parentheses, which Hydra would interpret."""
     key, _, value = word.partition("=")
-    is_quoted = key.startswith("launcher.") and re.fullmatch(r"""(['"]).*\1""", value)  # in Hydra's quotes already
-    return f"{key}={quote(value)}" if key in _FREE_TEXT and value not in ("", "null") and not is_quoted else word
+    is_read_by_hydra = value in ("", "null") or (key.startswith("launcher.") and is_quoted(value))
+    return f"{key}={quote(value)}" if key in _FREE_TEXT and not is_read_by_hydra else word
 
 
 def absolute(path: str) -> Path:

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from longctx.text_file import write_text
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
 from recipes.common.lock import hold
-from recipes.common.places import is_file_name, nearest_existing
+from recipes.common.places import is_file_name
 from recipes.common.provenance import ROOT, commit_of
 from recipes.common.startup import loaded, print_page
 from slurm import cluster
@@ -33,7 +33,8 @@ from slurm.plan import JobPlan, plan_job
 from slurm.render import script_of
 from slurm.settings import NOT_QUEUED, Launcher, SubmitSettings, read_settings, split_words
 
-LOCK = ".submit.lock"  # in the job's folder, held while it is written, and by a job with launcher=local until its end
+# Lock file in the job's folder: held until all jobs are queued, and by a job with launcher=local until its end.
+LOCK = ".submit.lock"
 JOB = "job.id"  # file in the job's folder with the number of its last job
 
 
@@ -138,7 +139,12 @@ def _refuse_unready(plan: JobPlan) -> None:
     if plan.launcher.how == "slurm":
         cluster.refuse_no_slurm()
         cluster.refuse_unfit_cluster(plan)
-    file = plan.folder / JOB
+    _refuse_active_job(plan.folder)
+
+
+def _refuse_active_job(folder: Path) -> None:
+    """Raise ValueError if ``folder`` belongs to a job that waits or runs, or if its job.id is damaged."""
+    file = folder / JOB
     if not file.is_file() or not shutil.which("squeue"):
         return
     job = file.read_text().strip()
@@ -149,7 +155,7 @@ def _refuse_unready(plan: JobPlan) -> None:
         )
     if cluster.is_active(int(job)):
         raise ValueError(
-            f"folder={plan.folder} belongs to job {job}, which waits or runs: scancel {job}, or use another folder"
+            f"folder={folder} belongs to job {job}, which waits or runs: scancel {job}, or use another folder"
         )
 
 
@@ -159,61 +165,82 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
     Returns the numbers, and writes each to job.id in its job's folder.  With launcher=local the jobs run here instead,
     and have no numbers; a failure exits with the run's code.
 
-    Raises ValueError if Slurm rejects one of them, for an account, a limit or an option.  Then the jobs queued before
-    are cancelled, and all folders that this call made are deleted.
+    Raises ValueError if Slurm rejects one of them, for an account, a limit or an option, and if another submission uses
+    one of the folders.  Then the jobs queued before are cancelled, and all folders that this call made are deleted.
     """
     jobs: list[int] = []
-    existed = {plan.folder: nearest_existing(plan.folder) for plan in plans}
-    made: dict[Path, Path] = {}  # new folders of queued jobs, each with the nearest folder that existed before
-    for checked in plans:
-        # 1. Put the previous job's number in the plan.
-        known = [job for job in checked.settings.jobs_before if job != NOT_QUEUED]
-        plan = replace(checked, settings=replace(checked.settings, after=(*known, *jobs[-1:])))
-        # 2. Write the folder, and run or queue the job.
-        if plan.launcher.how == "local":
-            with hold(plan.folder / LOCK, f"folder={plan.folder}") as lock:
-                _run_locally(plan, freeze_job(plan, Path.cwd()), lock)
-            continue
-        if not plan.folder.exists():
-            made[plan.folder] = existed[plan.folder]
-        jobs.append(_queue(plan, jobs, made))
-        write_text(plan.folder / JOB, f"{jobs[-1]}\n")
-        # 3. Print where it is.
-        print(f"job {jobs[-1]}\nrun {plan.folder}", flush=True)
-        first = plan.tasks[0].folder
-        console.print(f"watch  squeue --job {jobs[-1]}; tail -F {first}/job.log {first / 'ranks' / '0.log'}")
-        console.print(f"cancel scancel {jobs[-1]}")
+    begun: list[Path] = []  # folders of queued jobs in which this call wrote the first file
+    with ExitStack() as locks:  # released when all jobs are queued: until then, folders may have to be deleted
+        for checked in plans:
+            # 1. Put the previous job's number in the plan.
+            known = [job for job in checked.settings.jobs_before if job != NOT_QUEUED]
+            plan = replace(checked, settings=replace(checked.settings, after=(*known, *jobs[-1:])))
+            # 2. Write the folder, and run or queue the job.
+            if plan.launcher.how == "local":
+                with hold(plan.folder / LOCK, f"folder={plan.folder}") as lock:
+                    _refuse_active_job(plan.folder)
+                    _run_locally(plan, freeze_job(plan, Path.cwd()), lock)
+                continue
+            _queue(plan, jobs, begun, locks)
+            # 3. Print where it is.
+            print(f"job {jobs[-1]}\nrun {plan.folder}", flush=True)
+            logs = shlex.join(str(plan.tasks[0].folder / name) for name in ("job.log", "ranks/0.log"))
+            console.print(f"watch  squeue --job {jobs[-1]}; tail -F {logs}")
+            console.print(f"cancel scancel {jobs[-1]}")
     return jobs
 
 
-def _queue(plan: JobPlan, earlier: Sequence[int], made: Mapping[Path, Path]) -> int:
-    """Write the folder of ``plan``, queue its script, and return the job's number.
+def _queue(plan: JobPlan, jobs: list[int], begun: list[Path], locks: ExitStack) -> None:
+    """Lock and write the folder of ``plan``, queue its script, and add the job's number to ``jobs``.
 
-    If Slurm rejects the script, nothing in the folder is changed.  If that happens, or the folder cannot be written,
-    this cancels the ``earlier`` jobs, deletes the folders ``made``, and raises ValueError.  If jobs cannot be
-    cancelled, their folders are left: they may still run.
+    The lock is released by ``locks``.  If nothing else is in the folder, it is added to ``begun``.  If Slurm rejects
+    the script, nothing in the folder is changed.  If that happens, or the folder is in use or cannot be written, this
+    cancels ``jobs``, empties the folders ``begun``, and raises ValueError.  If jobs cannot be cancelled, their folders
+    are left: they may still run.
     """
+    before = len(jobs)
     try:
+        _lock_folder(plan.folder, locks)
+        _refuse_active_job(plan.folder)
+        if not _files_in(plan.folder):
+            begun.append(plan.folder)
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder, "job.sbatch")
             write_text(script, script_of(plan, Path.cwd(), commit_of(ROOT)))
             cluster.refuse_rejected_script(script)
-        with hold(plan.folder / LOCK, f"folder={plan.folder}"):
-            return cluster.queue(freeze_job(plan, Path.cwd()))
+        jobs.append(cluster.queue(freeze_job(plan, Path.cwd())))
+        write_text(plan.folder / JOB, f"{jobs[-1]}\n")
     except (ValueError, OSError) as rejected:
-        left = _cancel(earlier)
-        for job_folder, existed in made.items():
-            if not left or job_folder == plan.folder:
-                _remove_folder(job_folder, existed)
+        left = _cancel(jobs)
+        for job_folder in begun:
+            if not left or (job_folder == plan.folder and len(jobs) == before):
+                _empty(job_folder)
         raise ValueError(f"{rejected}{left}") from rejected
 
 
-def _remove_folder(folder: Path, existed: Path) -> None:
-    """Remove ``folder``, and then its parents up to ``existed`` that are empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # a parent with other files
-        for parent in folder.parents[: folder.parents.index(existed)]:
-            parent.rmdir()
+def _lock_folder(folder: Path, locks: ExitStack) -> None:
+    """Make and lock ``folder``; ``locks`` releases it, and then removes those of the new folders that are empty."""
+    for parent in reversed([parent for parent in (folder, *folder.parents) if not parent.exists()]):
+        with suppress(FileExistsError):
+            parent.mkdir()
+            locks.callback(_remove_if_empty, parent)
+    locks.enter_context(hold(folder / LOCK, f"folder={folder}"))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return what is in ``folder``, apart from the lock file."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
+
+
+def _empty(folder: Path) -> None:
+    """Remove all from ``folder`` but the lock file, without which another submission could write there meanwhile."""
+    for path in _files_in(folder) if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _cancel(jobs: Sequence[int]) -> str:

@@ -139,6 +139,7 @@ SLOW = (
     "serve/test_sharing.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",
+    "train/test_memory.py",
     "train/test_step.py",
     "train/test_wandb.py",
     "train/test_wandb_fails.py",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -14,6 +13,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from eval.answers.requests import Answer, Continue, Request, Score
 from eval.harness.generated import GENERATED
 from longctx.config import Sampling
+from longctx.data.conversations import refuse_todays_date
+from longctx.data.records import error_line
 from longctx.data.tokenize import tokenize
 
 if TYPE_CHECKING:
@@ -185,23 +186,28 @@ def render_chat(
     )
     try:
         return str(render(messages))
-    except TemplateError:
+    except Exception:  # a template can raise any error
         try:
             return str(render([message for message in messages if message["role"] != "system"]))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the task's messages ({error}): use eval.chat=false") from error
+        except Exception as error:
+            raise ValueError(
+                f"the chat template refuses the task's messages ({error_line(error)}), which eval.chat=false does not "
+                "need"
+            ) from error
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase, model: str, tasks: Sequence[str]) -> Callable[..., str]:
     """Return a function that turns messages into a text in the template of ``model``, by `render_chat`.
 
-    Raises ValueError if the model has no chat template, and for ``tasks`` whose texts have a requested length.
+    Raises ValueError if the model has no chat template, if `refuse_todays_date` refuses it, and for ``tasks`` whose
+    texts have a requested length.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             f"eval.chat=true: {model} has no chat template; give one with model.chat_template=FILE, or use "
             "eval.chat=false"
         )
+    refuse_todays_date(tokenizer)
     if sized := {*GENERATED}.intersection(tasks):
         raise ValueError(
             f"eval.chat=true: {min(sized)} sizes its texts without a chat template; leave that task out, or use "

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 from eval.harness.long_files import infinitebench_choice_row, infinitebench_row, longbench2_row
+from longctx.data.files import BROKEN
+from longctx.data.records import error_line
 
 Row = Mapping[str, object]  # an example in the form that lm-eval's task takes
 
@@ -40,6 +42,9 @@ class TaskRecord(TypedDict, total=False):
     page: str
 
 
+_KINDS = get_type_hints(TaskRecord)
+
+
 @dataclass(frozen=True)
 class LocalTask:
     """A benchmark whose rows come from a file.
@@ -60,7 +65,8 @@ class LocalTask:
 def read_rows(task: LocalTask, path: Path) -> list[Row]:
     """Return the rows of ``path`` as lm-eval's task takes them.
 
-    Raises ValueError, with the number of the record, for one that lacks a field or has another form.
+    Raises ValueError, with the number of the record, for one that lacks a field or has another form, and for a file
+    that cannot be read.
     """
     read = {".raw": _read_pages, ".json": _read_json_list}.get(path.suffix, _read_json_lines)
     rows = []
@@ -68,6 +74,7 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
         try:
             if not isinstance(record, dict):
                 raise TypeError("it is no JSON object")
+            _refuse_wrong_types(record)
             _refuse_no_choice(record)
             rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -76,6 +83,17 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
                 "correct the record, or give the file as it was published"
             ) from error
     return rows
+
+
+def _refuse_wrong_types(record: Mapping[str, object]) -> None:
+    """Raise ValueError unless texts are texts, without half characters, and lists are lists of one or more texts."""
+    for name, value in record.items():
+        kind = _KINDS.get(name)
+        if kind is str and not isinstance(value, str):
+            raise ValueError(f"field {name} is {value!r}, not a text")
+        if kind == list[str] and not (value and isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise ValueError(f"field {name} is {value!r}, not a list of one or more texts")
+    json.dumps(record, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which tokenizers refuse
 
 
 def _refuse_no_choice(record: TaskRecord) -> None:
@@ -88,23 +106,34 @@ def _refuse_no_choice(record: TaskRecord) -> None:
             raise ValueError(f"{name} is {right!r}, and not the number of one of {count} choices, from 0")
 
 
-def _read_json_lines(path: Path) -> list[TaskRecord]:
+def _read_text(path: Path) -> str:
+    """Return the text of ``path``, unzipped if it ends in .gz, without a byte-order mark and with newlines only."""
     open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
+            return str(file.read())
+    except (OSError, UnicodeDecodeError, *BROKEN) as error:
         raise ValueError(
-            f"{path} is not a file of JSON lines ({error}): give the file that eval/README.md describes"
+            f"{path} cannot be read ({error_line(error)}): give the file that eval/README.md describes"
+        ) from error
+
+
+def _read_json_lines(path: Path) -> list[TaskRecord]:
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]
+    return [_parse(line, f"record {number} of {path}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets too deep
+        raise ValueError(
+            f"{name} is not JSON that can be read ({error}): give the file that eval/README.md describes"
         ) from error
 
 
 def _read_json_list(path: Path) -> list[TaskRecord]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}): give the file that eval/README.md describes") from error
+    records = _parse(_read_text(path), str(path))
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} is not a JSON list of objects: give the file that eval/README.md describes")
     return records
@@ -113,7 +142,7 @@ def _read_json_list(path: Path) -> list[TaskRecord]:
 def _read_pages(path: Path) -> list[TaskRecord]:
     """Return WikiText's pages, each from its title (`` = Title = ``) to the next."""
     pages: list[str] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in _read_text(path).split("\n"):
         if not pages or re.match(r" = [^=].* = $", line):
             pages.append("")
         pages[-1] += line + "\n"
@@ -210,6 +239,8 @@ def _blimp(row: TaskRecord) -> Row:
 
 
 def _mmlu(row: TaskRecord) -> Row:
+    if len(row["choices"]) != 4:
+        raise ValueError(f"field choices has {len(row['choices'])} entries, not 4")
     subject = row["subject"].replace("_", " ")
     return {"subject": subject, "question": row["question"], "choices": row["choices"], "answer": row["answer"]}
 
@@ -219,6 +250,8 @@ def _truthfulqa(row: TaskRecord) -> Row:
 
 
 def _gsm8k(row: TaskRecord) -> Row:
+    if type(row["answer"]) not in (str, int):
+        raise ValueError(f"field answer is {row['answer']!r}, not a text or a number")
     return {"question": row["context"], "answer": f"{row['chain_of_thought']}\n#### {row['answer']}"}
 
 

@@ -113,9 +113,9 @@ def make_ruler_examples(
     filler = task.filler(source)
     if filler.examples and first + step * (examples - 1) >= filler.examples:
         share = f" for {step} lengths" if step > 1 else ""
-        raise ValueError(
-            f"{name} has {filler.examples} questions{share}: use eval.limit={filler.examples // step} or fewer"
-        )
+        each = filler.examples // step
+        fix = f"eval.limit={each} or fewer" if each else f"at most {filler.examples} eval.lengths"
+        raise ValueError(f"{name} has {filler.examples} questions{share}: use {fix}")
 
     def make(size: int, number: int) -> RulerExample | None:
         with _seeded(seed, length, number, zlib.crc32(name.encode())):

@@ -206,7 +206,7 @@ def question_filler(file: str, read: str, source: RulerSource) -> Filler:
 def _read_questions(module: Any, read: str, path: Path | None) -> Any:
     """Return the lists of questions and documents of ``path``, or of lm-eval's download if it is None.
 
-    Raises ValueError for a file that is not there or is not in the set's own format.
+    Raises ValueError for a file that is not there, is not in the set's own format, or has no questions.
     """
     if path is None:
         return getattr(module, read)()
@@ -215,10 +215,13 @@ def _read_questions(module: Any, read: str, path: Path | None) -> Any:
     download = module.download_json
     module.download_json = lambda _: json.loads(path.read_text(encoding="utf-8"))
     try:
-        return getattr(module, read).__wrapped__()
+        questions, documents = getattr(module, read).__wrapped__()
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"eval.tasks: {path} is not in the data set's own format ({error!r}): give the file as it was published"
         ) from error
     finally:
         module.download_json = download
+    if not questions:
+        raise ValueError(f"eval.tasks: {path} has no questions: give the file as it was published")
+    return questions, documents

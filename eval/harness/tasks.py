@@ -220,12 +220,13 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         log_likelihoods, words = zip(*values[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, log_likelihoods)), words=tuple(map(float, words)), others=totals)
     metric = _choose_accuracy(name, values)
+    kind, _, length = name.rpartition("_")
+    is_generated = kind in GENERATED
     depths = [depth_of(name, instances[0].doc) for instances in examples.values()]
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
-    chance = _KNOWN_CHANCE.get(name, _KNOWN_CHANCE.get(name.rpartition("_")[0], 0.0))
+    chance = _KNOWN_CHANCE.get(name, _KNOWN_CHANCE.get(kind, 0.0))
     if is_choice:
         chance = _chance(task, list(examples.values())[:SCREENED], metric.partition(",")[0])
-    is_generated = name.rpartition("_")[0] in GENERATED
     return Outcomes(
         name,
         tuple(float(value) for value in values[metric]),
@@ -234,6 +235,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         margins=tuple(one for one in margins if one is not None) if None not in margins else (),
         available=(task.config.metadata or {}).get("available") if is_generated else len(task.eval_docs),
         depths=tuple(one for one in depths if one is not None),
+        length=int(length) if is_generated else None,
     )
 
 

@@ -27,9 +27,8 @@ def score_lengths(outcomes: Mapping[str, Outcomes]) -> LengthScores | None:
     """
     by_length: dict[int, dict[str, float]] = {}
     for name, task in outcomes.items():
-        kind, _, tokens = name.rpartition("_")
-        if task.available is None and tokens.isdecimal():
-            by_length.setdefault(int(tokens), {})[kind] = fmean(task.values)
+        if task.length is not None:
+            by_length.setdefault(task.length, {})[name.rpartition("_")[0]] = fmean(task.values)
     if len(by_length) < 2 or len({frozenset(tasks) for tasks in by_length.values()}) > 1:
         return None
     scores = {length: fmean(by_length[length].values()) for length in sorted(by_length)}

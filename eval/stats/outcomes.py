@@ -17,7 +17,8 @@ class Outcomes:
     others if there are any.  It is empty for generated text, for perplexity, and if several answers are right.
     ``depths`` has one depth per example, from 0 (the fact that answers it begins the text) to 1; it is empty unless the
     task hides such a fact.  ``available`` is the number of examples in the task's set, asked or not.  It is None for
-    perplexity, and for a task that can generate any number.
+    perplexity, and for a task that can generate any number.  ``length`` is the number of tokens that the examples of a
+    generated task fill; it is None for other tasks.
     """
 
     task: str
@@ -28,6 +29,7 @@ class Outcomes:
     margins: tuple[float, ...] = ()
     available: int | None = None
     depths: tuple[float, ...] = ()
+    length: int | None = None
 
     def first(self, n: int) -> "Outcomes":
         """Return the outcomes of the first ``n`` examples; ``others`` remains over all examples."""

@@ -14,10 +14,11 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 # For fewer query rows than this, the query heads that share a KV head are stacked as rows of one head.  Keys are then
 # read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
-# For few query rows in half precision, keys are converted to float32 in blocks.  A block has this many rows, counted
-# over all sequences.  A copy of all keys would not fit the processor's caches, and the system would zero its pages at
-# every call.
-_CONVERTED_ROWS = 4096
+# For few query rows, keys are taken in blocks.  A block has this many rows, counted over all sequences.
+# In float32, for 3 rows and fewer, the op sums over all keys one after the other: the error would grow with them.
+# In half precision, keys are converted to float32.  A copy of all keys would not fit the processor's caches, and the
+# system would zero its pages at every call.
+_BLOCK_ROWS = 4096
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -32,12 +33,10 @@ def _as_op_input(x: Tensor) -> Tensor:
 def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     # The op ends the process with SIGFPE on empty inputs.
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
-    # Compute half precision in float32: without AMX this is as fast.  In bf16 the op rounds each tile's output, so the
-    # error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
-    block = max(1, _CONVERTED_ROWS // q.shape[0])
-    if not causal and q.shape[1] < _FOLD_BELOW and q.dtype != accumulation_dtype(q) and k.shape[1] > block:
-        blocks = zip(k.split(block, 1), v.split(block, 1), strict=True)
-        return merge_all([_flash_forward(q.to(accumulation_dtype(q)), *one, causal) for one in blocks])
+    # Compute half precision in float32: without AMX the forward is as fast.  In bf16 the op rounds each tile's output,
+    # so the error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
+    if blocks := _blocks(q, k, v, causal):
+        return merge_all([_flash_forward(q.to(accumulation_dtype(q)), *block, causal) for block in blocks])
     q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
@@ -48,6 +47,14 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
         out, lse = _forward_op(q, k, v, 0.0, causal)
     _mark_lost_rows(q, k, out, lse)
     return Partial(_heads_first(out), lse.transpose(1, 2))
+
+
+def _blocks(q: Queries, k: Keys, v: Keys, causal: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values in blocks if there are few queries and several blocks; otherwise nothing."""
+    block = max(1, _BLOCK_ROWS // q.shape[0])
+    if causal or q.shape[1] >= _FOLD_BELOW or q.dtype == torch.float64 or k.shape[1] <= block:
+        return []
+    return list(zip(k.split(block, 1), v.split(block, 1), strict=True))
 
 
 def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -70,6 +77,10 @@ def _flash_backward(
 ) -> Gradients:
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
     dtype = accumulation_dtype(q)
+    if blocks := _blocks(q, k, v, causal):
+        parts = [_flash_backward(dout, q.to(dtype), *block, out, lse, causal) for block in blocks]
+        dq, dk, dv = zip(*parts, strict=True)
+        return torch.stack(dq).sum(0), torch.cat(dk, 1), torch.cat(dv, 1)
     dout, q, k, v, out = (_as_op_input(x.to(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)

@@ -1,5 +1,6 @@
 """The model of a run, and its prompt."""
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,13 +22,15 @@ class ModelSource:
       yarn, it is YaRN's factor (arXiv 2309.00071).  If it is set, ``max_positions`` defaults to the model's maximum
       times the factor.
     * ``chat_template``: a file with a Jinja template for conversations.
+    * ``date``: a day, as 2026-11-30, for a template that writes today's date.
     * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te"); "auto" takes te where it can run.
     * ``fp8``: rounds the inputs of Transformer Engine's linear layers to 8 bits (None: no).  A scale belongs to a whole
       tensor with "current", and to 128 values of a row, or to 128 x 128 of a weight, with "block".
     * ``cache``: the folder for downloaded and converted models.
     * ``name``: a name for reports and for folders in ``cache``; it does not select the model.
 
-    For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's value.
+    For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's value; for
+    ``date`` it is today.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ModelSource:
     rope_factor: float | None = None
     rope_type: Literal["linear", "yarn"] = "linear"
     chat_template: str | None = None
+    date: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
     fp8: Literal["current", "block"] | None = None
@@ -61,6 +65,11 @@ class ModelSource:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(f"model.date={self.date} is not a day ({error}): give one as 2026-11-30") from None
         if self.rope_factor is not None and self.rope_factor < 1:
             raise ValueError(f"model.rope_factor={self.rope_factor}: use 1 or more, for a longer context")
 

@@ -5,7 +5,7 @@ The files of configs/machine/ list the constants with their sources; `longctx.co
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 from typing import Protocol, runtime_checkable
 
 from longctx.cost.hardware import Hardware, Link, refuse_impossible
@@ -92,7 +92,7 @@ class Accuracy:
 class Machine:
     """Constants of a machine.  Rates are those of one GPU, per second; times are in seconds.
 
-    * ``levels``: links, the smallest block of GPUs first.  A group of ranks uses the first level whose block spans it.
+    * ``levels``: links, the smallest block of GPUs first.  The last block is the whole machine.
     * ``gpus_per_node``: GPUs that share a node; each GPU has its own network link.
     * ``gemm_flops``: rate of GEMMs with many rows.  ``attention_flops``: rate of attention on large blocks.
     * ``memory_bytes_per_s``: rate of reading weights.  ``kv_bytes_per_s``: rate of reading keys and values.
@@ -143,22 +143,32 @@ class Machine:
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
+    @property
+    def gpus(self) -> int:
+        """Return the largest number of GPUs whose links the machine describes: those of the last level."""
+        return self.levels[-1].ranks
+
     def shared_by(self, mesh: Degrees) -> "Machine":
         """Return the constants of one rank while all ranks of ``mesh`` run on this machine.
 
-        If they are more than `ranks_at_once`, they take turns on the cores.  Rates of a rank's own work then fall, and
-        overheads grow, by the factor ranks / `ranks_at_once`.  Links stay as fast, but computation hides no
-        communication.  Otherwise the machine is returned unchanged.
+        Levels beyond the smallest block that holds all ranks are left out.  If the ranks are more than `ranks_at_once`,
+        they take turns on the cores.  Rates of a rank's own work then fall, and overheads grow, by the factor ranks /
+        `ranks_at_once`.  Links stay as fast, but computation hides no communication.
+
+        ``mesh`` may have at most `gpus` ranks.
         """
         ranks = mesh.tp * mesh.ulysses * mesh.ring * mesh.dp * mesh.pp
+        assert ranks <= self.gpus, f"{ranks} ranks on a machine of {self.gpus} GPUs"
+        smaller = [level for level in self.levels if level.ranks < ranks]
+        one = replace(self, levels=self.levels[: len(smaller) + 1])
         turns = ranks / self.ranks_at_once if self.ranks_at_once else 1.0
         if turns <= 1:
-            return self
+            return one
         rates = ("gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s")
         times = ("block_s", "step_s", "layer_s", "turn_s")
         scaled = {name: getattr(self, name) / turns for name in rates}
         scaled |= {name: getattr(self, name) * turns for name in times}
-        return replace(self, **scaled, overlap=0.0, ranks_at_once=None)
+        return replace(one, **scaled, overlap=0.0, ranks_at_once=None)
 
     def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":
         """Return the machine with one kind of link between all ranks: the first level's, made slower.
@@ -172,10 +182,13 @@ class Machine:
     def level(self, ranks: int, stride: int) -> Level:
         """Return the links of a group of ``ranks`` ranks whose numbers are ``stride`` apart.
 
-        They are those of the smallest level whose block holds the whole group, or of the largest level if none does.
+        Groups begin at multiples of ranks x ``stride``, and blocks at multiples of their size.  The links are those of
+        the smallest level none of whose blocks divides a group, or of the last level, whose block is the whole machine.
+        For example, with nodes of 8 GPUs, the group of ranks 6, 7 and 8 uses the links between nodes, and so do all
+        other groups of 3.
         """
-        span = ranks * stride
-        return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
+        span = ranks * stride if ranks > 1 else 1
+        return next((level for level in self.levels if level.ranks % span == 0), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
         """Return the relative error that 80 % of predictions for ``work``, a key of ``errors``, are within.
@@ -212,19 +225,23 @@ class Machine:
         """Return the seconds of an all-reduce of ``size`` bytes per rank over ``ranks`` that are ``stride`` apart.
 
         With stride 1, the ranks of a node use all their network links together, up to the rate of the links within the
-        node.  Other groups use one link, as the tp=2 rows of arXiv 2405.07719, Table 6 show.  The latency is 2 steps
-        for each other rank of the node, and 2 for each other node.
+        node; the node with the fewest ranks of the group counts.  Other groups use one link, as the tp=2 rows of arXiv
+        2405.07719, Table 6 show.  The latency is 2 steps for each other rank of the node, and 2 for each other node.
         """
         if ranks == 1 or not size:
             return 0.0
-        local = max(1, min(ranks, self.gpus_per_node // stride))
-        nodes = -(-ranks // local)
-        inner, outer = self.level(local, stride), self.level(ranks, stride)
+        outer, node, span = self.level(ranks, stride), self.gpus_per_node, ranks * stride
+        fewest = gcd(span, node)  # consecutive GPUs of a group in one node, if the group does not begin with the node
+        nodes = 1 if outer.ranks <= node else min(ranks, -(-(node - fewest + span) // node))
+        if nodes == 1:
+            return all_reduce_seconds(size, ranks, outer.reduce_step_s, outer.reduce_bytes_per_s)
+        # 1. Within a node.
+        inner = next((level for level in reversed(self.levels) if level.ranks <= node), self.levels[0])
+        local = max(1, min(ranks, node // stride))
         rate = inner.reduce_bytes_per_s if local > 1 else float("inf")
-        latency = 2 * (local - 1) * inner.reduce_step_s
-        if nodes > 1:
-            rate = min(rate, (local if stride == 1 else 1) * outer.hop.bytes_per_s)
-            latency += 2 * (nodes - 1) * outer.reduce_step_s
+        # 2. Between nodes.
+        rate = min(rate, (fewest if stride == 1 else 1) * outer.hop.bytes_per_s)
+        latency = 2 * (local - 1) * inner.reduce_step_s + 2 * (nodes - 1) * outer.reduce_step_s
         return latency + all_reduce_seconds(size, ranks, 0.0, rate)
 
     def rounded_reduction_seconds(self, rows: float, width: int, ranks: int, dtype: str) -> float:

@@ -1,6 +1,6 @@
 """Memory of a GPU in bytes, by part: weights, gradients, optimizer, activations, logits, KV cache, buffers.
 
-The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and biases (below 0.1 % of the weights).
+The formulas leave out fragmentation, the memory of CUDA and NCCL, and weights of norms and biases (below 0.1 %).
 """
 
 import math
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from longctx.cost.attention import Work
 from longctx.cost.decode import SHARED_ROWS
-from longctx.cost.experts import expert_layers
 from longctx.cost.forward import Numbers, layer_weights, ring_works
 from longctx.cost.machine import Degrees
+from longctx.cost.saved import Saved, rotary_bytes, saved_bytes
 from longctx.cost.step import StepWork, stage_weights, weights_by_replicas
 from longctx.cost.training import Decoder
 
@@ -24,10 +24,11 @@ def inference_bytes(
     The parts are "weights", "kv_cache", "activations", "logits" and "communication".
 
     The peak is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention
-    or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
-    output, and float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, an
-    output, and two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the
-    residual stream, gate, up, their product and the output.
+    or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, and
+    float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, an output, and
+    two float32 partials: the total, and the tile that is merged into it.  It also has normalised queries and keys, or a
+    copy of the queries of several KV heads.  The feed-forward network has the residual stream, a norm's output, gate,
+    up, their product and the output, and the output after a norm or a scale.
 
     Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  With
     ``gather_merge``, each context rank computes the logits of some sequences.  Pass-KV, pass-Q and all-gather copy one
@@ -42,9 +43,11 @@ def inference_bytes(
     cheaper = ffn * shape.layers * (numbers.element - numbers.ffn) / mesh.tp
     e, heads = numbers.element, shape.heads * shape.head_dim / mesh.tp
     keys = max(1, shape.kv_heads / mesh.tp) * shape.head_dim
-    always = e * 2 * shape.hidden + 8 * shape.head_dim
-    feed_forward = e * (3 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp)
-    attention = e * (shape.hidden + 3 * heads + 3 * keys) + 8 * heads
+    always = e * 2 * shape.hidden + rotary_bytes(shape)
+    feed_forward = e * (3 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp) + _changed_output(shape, e)
+    copied = heads if 1 < shape.kv_heads / mesh.tp < shape.heads / mesh.tp else 0.0
+    before_rotation = copied if shape.qk_norm == "none" else heads + keys
+    attention = e * (3 * heads + 3 * keys + before_rotation) + 8 * (heads + shape.heads / mesh.tp)
     rows = sum(new) if strategy in SHARED_ROWS else sum(new) / (mesh.ulysses * mesh.ring)
     fixed = {"weights": stage_weights(shape, mesh) * e - cheaper, "kv_cache": 0.0}
     buffers = copied = packed = 0.0
@@ -62,6 +65,16 @@ def inference_bytes(
         {"activations": rows * e * 2 * shape.hidden, "logits": logits, "communication": 0.0},
     )
     return fixed | max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _changed_output(shape: Decoder, element: int) -> float:
+    """Return the bytes per row of an output that a norm or a scale has changed, beside the output itself.
+
+    A zero-centered norm of 16-bit numbers has its input and its result in float32.
+    """
+    if shape.norms != "pre":
+        return shape.hidden * (8.0 if shape.zero_centered and element < 4 else element)
+    return shape.hidden * element * float(shape.residual_scale != 1)
 
 
 def _buffers(work: Work, strategy: str) -> float:
@@ -91,14 +104,17 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
 
     The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
     attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps
-    for the backward also exist (`_saved`), unless they are offloaded; then the peak may also be in the forward of a
-    feed-forward network.  The first of S pipeline stages has those of min(S, micro-batches) micro-batches; only the
+    for the backward also exist (`saved_bytes`), unless they are offloaded; then the peak may also be in the forward of
+    a feed-forward network.  The first of S pipeline stages has those of min(S, micro-batches) micro-batches; only the
     last stage computes a loss.
 
     At the loss, c rows of float32 logits (with 16-bit weights also the 16-bit ones) exist, and the gradients of the
     hidden states and, in float32, of the output weight.  A tied weight's gradient stays until the embedding's gradient
     is added at the end of the backward.  For AdamW's denominator, the update makes two temporaries as large as the
     embedding, the largest weight.
+
+    Experts on different ranks are assumed to get equally many rows.  If they do not, the rank with the most rows needs
+    more.
 
     Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """
@@ -116,85 +132,76 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     return max(({**fixed, **empty, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
 
 
-def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> dict[str, float]:
-    """Return the bytes that a layer's forward keeps per row, by piece.
-
-    H is the hidden size, divided by tp (sequence parallelism).  Q and K are a rank's query and KV heads times their
-    dimension.  F is a rank's FFN size, and e the bytes of a number.
-
-        stream       2 H e        the inputs of both norms
-        norms        2 H e        their outputs; on a CPU also 8 H, the float32 rows that the weight multiplies
-        qkv          (2 Q + 2 K) e  queries, keys and values after rotation, and the output of attention.  Without
-                     Ulysses, longctx's values are views of the projection's output, which adds (Q + K) e.
-        partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
-                     attention keeps the output once, in 16 bits: 4 q.
-        ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
-        experts      k (6 F e + 2 H e + e times the full hidden size): each of k chosen experts keeps two more numbers
-                     per neuron than a dense network, copies the row, and has two outputs.  The counts fit one rank and
-                     tp = 2 of Mixtral and Qwen3.  If ranks divide the experts, the formula assumes that all ranks get
-                     equally many rows.
-    """
-    e, hidden = numbers.element, shape.hidden / mesh.tp
-    own_layers = {"fused": 0, "cuda": 1, "cpu": 1}[work.operations]
-    heads, tensors = shape.heads / mesh.tp, 3 + own_layers if shape.gated else 2
-    mixed, experts = expert_layers(shape) / shape.layers, 0.0
-    if shape.mixture:
-        of_one = (tensors + 2) * shape.mixture.ffn / mesh.tp + shape.hidden + 2 * hidden
-        experts = mixed * shape.mixture.per_token * of_one
-    kv_heads = max(1, shape.kv_heads / mesh.tp, mesh.ulysses)
-    queries, keys = heads * shape.head_dim, kv_heads * shape.head_dim
-    views = own_layers * (queries + keys) if mesh.ulysses == 1 else 0
-    return {
-        "stream": 2 * hidden * e,
-        "norms": 2 * hidden * e + {"fused": 0, "cuda": 0, "cpu": 8 * hidden}[work.operations],
-        "qkv": (2 * queries + 2 * keys + views) * e,
-        "partial": 4 * (heads + own_layers * queries),
-        "ffn": (1 - mixed) * tensors * shape.ffn / mesh.tp * e,
-        "experts": experts * e,
-    }
-
-
 class _Layer(NamedTuple):
-    """Bytes per row of a layer.
+    """Bytes of a layer.
 
-    ``stream`` is the residual stream, and ``norm`` what one norm keeps.  ``saved`` is what the layer keeps in memory
-    from the forward to the backward.  In the forward, its feed-forward network has ``ffn``.  When the backward reaches
-    the gate, the network has ``network``, and the rest of the layer ``rest``.
+    ``saved`` is what the layer keeps in memory from the forward to the backward.  When the backward reaches the gate,
+    the layer has ``gate``; when it reaches attention, ``attention``.  In the forward of the feed-forward network, the
+    network has ``forward``.
     """
 
-    stream: float
-    norm: float
     saved: float
-    ffn: float
-    network: float
-    rest: float
+    gate: float
+    attention: float
+    forward: float
 
 
-def _layer(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> _Layer:
-    """Return the bytes of a layer with ``work.recompute`` and ``work.offload``.
+class _Network(NamedTuple):
+    """Bytes of a feed-forward network: kept for the backward, at the gate in the backward, and in the forward."""
 
-    In the backward, the gate's output and its two inputs have gradients, and the product is freed.  If the network's
-    activations are offloaded, there are four gradients: of the gate, of its other input, and of both in one tensor.
+    saved: float
+    gate: float
+    forward: float
+
+
+def _layer(
+    shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers, pieces: Saved, rows: float, *, mixed: bool
+) -> _Layer:
+    """Return the bytes of a layer's ``rows`` rows with ``work.recompute`` and ``work.offload``.
+
+    The layer has experts if ``mixed``.  The backward frees the output norm's input before it reaches the gate, and the
+    output projection's input before attention.
     """
-    pieces = _saved(shape, mesh, work, numbers)
-    ffn, stream = pieces["ffn"] + pieces["experts"], pieces["stream"] / 2
-    rest = sum(pieces.values()) - ffn
-    saved_ffn = {"none": 0.0 if work.mlp_rows else ffn, "selective": pieces["experts"], "full": 0.0}[work.recompute]
-    saved_rest = stream + pieces["partial"] if work.recompute == "full" else rest
-    # Experts run one after the other, so that one expert's gradients exist at a time.
-    width: float = shape.ffn
-    if shape.mixture:
-        width = shape.mixture.ffn * shape.mixture.per_token / shape.mixture.count * mesh.ep
-    width *= numbers.element / mesh.tp
-    offloaded = work.offload and saved_ffn == ffn
+    once = 2 * pieces.norm_in + pieces.norm_out + pieces.qkv + pieces.qk_norm + pieces.partial
+    saved_once = pieces.stream + pieces.partial if work.recompute == "full" else once
+    rest = once - saved_once if work.offload else once
+    queries = shape.heads / mesh.tp * shape.head_dim * numbers.element
+    network = (_experts if mixed else _dense)(shape, mesh, work, numbers, pieces, rows)
     return _Layer(
-        stream,
-        norm=(pieces["stream"] + pieces["norms"]) / 2,
-        saved=0.0 if work.offload else saved_ffn + saved_rest,
-        ffn=ffn,
-        network=(2 + 2 * shape.gated) * width if offloaded else ffn + 2 * width,
-        rest=rest - saved_rest if work.offload else rest,
+        saved=0.0 if work.offload else rows * saved_once + network.saved,
+        gate=rows * rest + network.gate,
+        attention=rows * max(0.0, rest - pieces.norm_in - pieces.norm_out - queries),
+        forward=network.forward,
     )
+
+
+def _dense(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers, pieces: Saved, rows: float) -> _Network:
+    """Return the bytes of a feed-forward network without experts, with the norm of its output.
+
+    In the backward, the product is freed, and the gate's output and its two inputs have gradients.  If the network's
+    activations are offloaded, there are four gradients: of the gate, of its other input, and of both in one tensor.
+    With tensor parallelism, the gradient of all rows' outputs may be larger.
+    """
+    tile, width = min(rows, work.mlp_rows or rows), shape.ffn / mesh.tp * numbers.element
+    saves = not work.mlp_rows and work.recompute == "none"
+    gradients = max((1 + shape.gated) * width, width + shape.hidden * numbers.element * (mesh.tp > 1))
+    gate = (2 + 2 * shape.gated) * width if work.offload and saves else pieces.ffn + gradients
+    return _Network(rows * (pieces.ffn + pieces.norm_out) * saves, tile * gate, tile * pieces.ffn)
+
+
+def _experts(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers, pieces: Saved, rows: float) -> _Network:
+    """Return the bytes of a layer's experts, which `mlp_rows` and selective recomputation do not change.
+
+    They run one after the other, so that one expert's gradients exist at a time, with those of all outputs.  In the
+    forward, the outputs exist once more, in one tensor.
+    """
+    assert shape.mixture
+    outputs = shape.mixture.per_token * shape.hidden * numbers.element
+    one = shape.mixture.ffn / mesh.tp * numbers.element * shape.mixture.per_token / shape.mixture.count * mesh.ep
+    gate = pieces.experts + max((1 + shape.gated) * one + outputs, 2 * outputs)
+    if work.offload and work.recompute != "full":
+        gate = (2 + 2 * shape.gated) * one + outputs
+    return _Network(rows * pieces.experts * (work.recompute != "full"), rows * gate, rows * pieces.experts)
 
 
 def _pass_moments(
@@ -209,37 +216,37 @@ def _pass_moments(
     With offload, what a layer keeps for its backward is not in memory; the formula also leaves out tensors of less than
     64 KB, which stay.  The peak may then be in the forward of a feed-forward network.
     """
-    # 1. Bytes per row; rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of
-    # the first stage.
-    layer, hidden = _layer(shape, mesh, work, numbers), shape.hidden * numbers.element
+    # 1. Rows of a rank; the first stage's layers and micro-batches.
+    pieces, hidden = saved_bytes(shape, mesh, work, numbers), shape.hidden * numbers.element
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
-    tile = min(rows, work.mlp_rows or rows)
-    layers, micro = shape.layers / mesh.pp, min(mesh.pp, work.batch / (mesh.dp * work.sequences))
-    others = (micro * layers - 1) * rows * layer.saved
+    micro, stream = min(mesh.pp, work.batch / (mesh.dp * work.sequences)), rows * pieces.stream
+    kinds = [experts is not None for experts in shape.experts[: shape.layers // mesh.pp]]
+    layer = {mixed: _layer(shape, mesh, work, numbers, pieces, rows, mixed=mixed) for mixed in {*kinds}}
+    saved = sum(layer[mixed].saved for mixed in kinds)
+    inputs = micro * rows * pieces.inputs
     gathered = rows * hidden if mesh.tp > 1 else 0.0  # sequence parallelism: all rows, for one projection
     # 2. The loss, on the last stage.
     weight = 0.0 if work.operations == "fused" else shape.vocab_size * shape.hidden / mesh.tp
     logits = min(rows, work.loss_rows or rows) * shape.vocab_size / mesh.tp * (4 + numbers.element % 4)
-    last = layers * rows * layer.saved + rows * layer.norm + gathered
+    last = saved + rows * (pieces.inputs + pieces.final_norm) + gathered
     yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
     if work.offload:
-        activations = 3 * rows * layer.stream + tile * layer.ffn + gathered
+        activations = inputs + 3 * stream + max(kind.forward for kind in layer.values()) + gathered
         yield {"activations": activations, "logits": 0.0, "communication": gathered}
-    # 3. The last layer's gate.
+    # 3. The backward of the last layer of each kind, with or without experts: its gate, then its attention.
     waiting = weight * numbers.element if shape.tied and mesh.pp == 1 else 0.0
-    output = rows * layer.stream if work.recompute == "full" else 0.0
-    activations = others + rows * (layer.rest + layer.stream) + tile * layer.network + output + gathered
-    yield {"activations": activations, "logits": waiting, "communication": gathered}
-    # 4. Its attention.
+    output = stream if work.recompute == "full" else 0.0
     new, cached = [work.length] * work.sequences, [0] * work.sequences
     works = [one for one, _ in ring_works(shape, mesh, new, cached, numbers)]
-    projected = rows * shape.heads / mesh.tp * shape.head_dim * numbers.element  # the output projection's input: free
-    needed = rows * (layer.rest - layer.norm) - projected if work.recompute == "full" or not work.offload else 0.0
-    activations = others + needed + rows * layer.stream + 2 * output + _attention_gradients(works[0]) + gathered
     buffers = gathered + max(max(_buffers(one, strategy), _backward_buffers(one)) for one in works)
-    yield {"activations": activations, "logits": waiting, "communication": buffers}
-    # 5. The end of the backward: the embedding's gradient, and its sum with the gradient of the tied weight.
-    yield {"activations": weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
+    for mixed, one in layer.items():
+        earlier = kinds[: len(kinds) - 1 - kinds[::-1].index(mixed)]
+        others = inputs + (micro - 1) * saved + sum(layer[kind].saved for kind in earlier) + stream + output
+        yield {"activations": others + one.gate, "logits": waiting, "communication": gathered}
+        activations = others + one.attention + output + _attention_gradients(works[0])
+        yield {"activations": activations, "logits": waiting, "communication": buffers}
+    # 4. The end of the backward: the embedding's gradient, and its sum with the gradient of the tied weight.
+    yield {"activations": inputs + weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
 
 
 def _backward_buffers(work: Work) -> float:

@@ -16,6 +16,7 @@ micro-batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from longctx.cost.attention import (
@@ -43,7 +44,8 @@ class StepWork:
     context-parallel ranks.  In the backward, ``recompute`` repeats the feed-forward networks without experts
     ("selective") or whole layers ("full").
 
-    Logits of ``loss_rows`` rows exist at a time, and an MLP computes ``mlp_rows`` rows at a time (None: all).  With
+    Logits of ``loss_rows`` rows exist at a time.  An MLP computes ``mlp_rows`` rows of a rank at a time, and repeats
+    them in the backward, besides what ``recompute`` repeats (None: all at once, without repeating them).  With
     ``offload``, what a layer keeps for its backward is not in memory.  ``operations`` determine which activations stay
     in memory: those of Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU
     ("cpu").
@@ -154,28 +156,44 @@ def _products(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
     """Return the seconds of a micro-batch's GEMMs, and the seconds and bytes of its tensor-parallel all-reduces."""
+    # 1. GEMMs.  An MLP in tiles is repeated once more.
     projections, ffn = layer_weights(shape)
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]
+    again += dense_ffn_weights(shape) if work.mlp_rows else 0.0
     weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
     unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
     read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
+    products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
+    # 2. All-reduces.  A norm of queries or keys over all heads sums squares, in the backward too.
+    size = rows * shape.hidden * numbers.element
+    whole, tiled = (layers * count for count in _layer_sums(shape, mesh, work, numbers.spd_share))
+    tiles = ceil(rows / mesh.tp / work.mlp_rows) if work.mlp_rows else 1
+    norm_sums = layers * layer_reductions(shape, 0)[2] * (3 if work.recompute == "full" else 2)
+    tp_s = whole * machine.all_reduce_seconds(size, mesh.tp) + norm_sums * machine.all_reduce_seconds(4 * rows, mesh.tp)
+    tp_s += tiled * tiles * machine.all_reduce_seconds(size / tiles, mesh.tp)
+    return products, tp_s, 2 * (mesh.tp - 1) / mesh.tp * ((whole + tiled) * size + norm_sums * 4 * rows)
+
+
+def _layer_sums(shape: Decoder, mesh: Degrees, work: StepWork, share: float) -> tuple[float, float]:
+    """Return a layer's average numbers of tensor-parallel all-reduces: of all rows at once, and of ``mlp_rows`` rows.
+
+    The second number counts all tiles of an MLP together as one.  The ``share`` of the blocks drops a reduction.
+    """
     # Recomputing a dense MLP gathers its input and scatters its output again: together one reduction.  A block that
     # drops its reduction does neither.  It gathers and scatters its input and output once in each direction; if its
     # outputs are normalised, it scatters, and in the backward gathers, twice as much.
-    share, normed = numbers.spd_share, shape.norms != "pre"
-    dense = 1 - expert_layers(shape) / shape.layers
-    again_sums = {"none": 0.0, "selective": dense - share, "full": 2 - share * (0.5 if normed else 1)}
-    reductions = layers * (5 - (2 if normed else 3) * share + again_sums[work.recompute])
+    normed, dense = shape.norms != "pre", 1 - expert_layers(shape) / shape.layers
+    again = {"none": 0.0, "selective": dense - share, "full": 2 - share * (0.5 if normed else 1)}
+    whole = 5 - (2 if normed else 3) * share + again[work.recompute]
     if mesh.ep > 1:
-        reductions *= 1 - expert_layers(shape) / shape.layers / 2
-    size = rows * shape.hidden * numbers.element
-    # A norm of queries or keys over all heads sums squares, in the backward too.
-    norm_sums = layers * layer_reductions(shape, 0)[2] * (3 if work.recompute == "full" else 2)
-    tp_s = reductions * machine.all_reduce_seconds(size, mesh.tp)
-    tp_s += norm_sums * machine.all_reduce_seconds(4 * rows, mesh.tp)
-    products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
-    return products, tp_s, 2 * (mesh.tp - 1) / mesh.tp * (reductions * size + norm_sums * 4 * rows)
+        whole *= 1 - expert_layers(shape) / shape.layers / 2
+    if not work.mlp_rows:
+        return whole, 0.0
+    # Half of the 5 are those of an MLP.  Recomputation repeats its tiles, and their own backward repeats them again.
+    mlps = max(0.0, dense - share)
+    in_tiles = mlps * (2.5 + (work.recompute != "none"))
+    return whole - in_tiles, in_tiles + mlps
 
 
 def _update(

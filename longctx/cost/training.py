@@ -38,6 +38,14 @@ class Mixture(Protocol):
 
 
 @runtime_checkable
+class RotaryEmbedding(Protocol):
+    """The frequencies of a rotary embedding, one a pair of channels; `longctx.model_shape.Rotary` provides them."""
+
+    @property
+    def frequencies(self) -> Sequence[float]: ...
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """The dimensions that determine a decoder's FLOPs; `longctx.model_shape.ModelShape` provides them."""
 
@@ -71,6 +79,18 @@ class Decoder(Protocol):
     def norms(self) -> Literal["pre", "post", "sandwich"]: ...
     @property
     def qk_norm(self) -> Literal["none", "head", "width"]: ...
+    @property
+    def layer_norm(self) -> bool: ...
+    @property
+    def zero_centered(self) -> bool: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def residual_scale(self) -> float: ...
+    @property
+    def glu_limit(self) -> float | None: ...
+    @property
+    def rotaries(self) -> Sequence[RotaryEmbedding | None]: ...
 
 
 def train_flops(shape: Decoder, lengths: Sequence[int], causal: bool) -> int:

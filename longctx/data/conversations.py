@@ -1,6 +1,8 @@
 """Conversations as training documents: tokens in the model's chat template, and which of them count in the loss."""
 
+import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +22,15 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
     be used becomes a record with a fault.  The fault is a wrong form, an error of the template, an answer that
     `tokenize_conversation` refuses, or, with ``data.conversations`` = whole, more than ``data.length`` tokens.
 
-    Raises ValueError for a tokenizer without a chat template, and for a model without an end token.
+    Raises ValueError for a tokenizer without a chat template, for a template that `refuse_todays_date` refuses, and for
+    a model without an end token.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "the model's tokenizer has no chat template: set model.chat_template=FILE, or use an "
             "instruct model, such as model=smollm2_135m"
         )
+    refuse_todays_date(tokenizer)
     if not ends:
         raise ValueError("the model has no end token to close an answer with: set eos_token_id in its config.json")
     longest = data.length if data.conversations == "whole" else None
@@ -46,6 +50,18 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
         return Record(where, conversation=conversation)
 
     return read
+
+
+def refuse_todays_date(tokenizer: Any) -> None:
+    """Raise ValueError if the chat template of ``tokenizer`` writes today's date, by transformers' strftime_now.
+
+    The tokens of a run would then depend on the day, and a run could not be resumed on another day.
+    """
+    if re.search(r"\bstrftime_now\s*\(", str(tokenizer.chat_template)):
+        raise ValueError(
+            "the model's chat template writes today's date (strftime_now), so the run would have other tokens on "
+            f"another day: set a day, for example model.date={datetime.date.today().isoformat()}"
+        )
 
 
 def messages_of(row: Any) -> list[dict[str, Any]]:

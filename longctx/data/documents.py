@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from longctx.config import DataSettings, TextSource
 from longctx.data.conversations import conversation_reader
-from longctx.data.files import READABLE, files
+from longctx.data.files import files, left_out_by_version_0_2
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Position, Record, SourceFile, TokenizedConversation
@@ -220,18 +219,6 @@ def _leaves_out_long(data: DataSettings) -> bool:
     return bool(data.shuffle) and data.conversations == "whole"
 
 
-def _since_then(source_files: tuple[SourceFile, ...], source: TextSource) -> str:
-    """Return a hint if version 0.2 left out files of a folder: those with names in capitals (.TXT), or below links."""
-    root = Path(source.path).expanduser() if source.path else None
-    links = [each for each in root.rglob("*") if each.is_symlink() and each.is_dir()] if root and root.is_dir() else []
-    if links:
-        return f" (version 0.2 did not follow links to folders, such as in {source.path})"
-    names = [file.name.partition(" (")[0] for file in source_files]
-    capitals = [name for name in names if not name.endswith(READABLE) and name.lower().endswith(READABLE)]
-    advice = "to leave it out, give a pattern such as 'FOLDER/*.txt'"
-    return f" (version 0.2 left out {capitals[0]}: {advice})" if capitals else ""
-
-
 def _resume_point(
     state: State | None, source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings
 ) -> ResumePoint:
@@ -246,12 +233,12 @@ def _resume_point(
     if point.part >= len(source_files) or state["name"] != source_files[point.part].name:
         raise ValueError(
             f"the run stopped in {state['name']}, which {source} no longer has at that place: "
-            f"restore the files, or start a new run{_since_then(source_files, source)}"
+            f"restore the files, or start a new run{left_out_by_version_0_2(source)}"
         )
     if state["files"] != _digest(source_files):
         raise ValueError(
             f"the files of {source} have changed in name or size since the run stopped: "
-            f"restore them, or start a new run{_since_then(source_files, source)}"
+            f"restore them, or start a new run{left_out_by_version_0_2(source)}"
         )
     if state["order"] != _order(data):
         shuffle, seed = state["order"]

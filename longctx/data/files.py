@@ -38,7 +38,8 @@ def paths_of(given: str) -> list[Path]:
 
     A folder gives the files, also of its subfolders, whose names end as in `READABLE`, in small letters or capitals.
     Links to folders are followed; hidden files and folders inside it are left out.  In a pattern, the longest beginning
-    that is a folder is literal, even with brackets.  Raises ValueError if there are no files.
+    that is a folder is literal, even with brackets.  Raises ValueError if there are no files, and for a folder that
+    cannot be read.
     """
     root = Path(given).expanduser()
     if root.is_dir():
@@ -55,6 +56,21 @@ def paths_of(given: str) -> list[Path]:
     return sorted(paths)
 
 
+def left_out_by_version_0_2(source: TextSource) -> str:
+    """Return a hint for a resumed run if version 0.2 left out a file of the folder ``source.path``; else nothing.
+
+    It left out files below links to folders, and those with names in capitals (.TXT).
+    """
+    root = Path(source.path or "").expanduser()
+    for path in paths_of(str(root)) if source.path and root.is_dir() else ():
+        links = [root / part for part in path.relative_to(root).parents if (root / part).is_symlink() and part.name]
+        if links:
+            return f" (version 0.2 left out {path}: to go on with a run of that version, move the link {links[0]} away)"
+        if not path.name.endswith(READABLE):
+            return f" (version 0.2 left out {path}: to leave it out, give a pattern such as '{root}/**/*.txt')"
+    return ""
+
+
 def _visible_files(root: Path) -> Iterator[Path]:
     """Yield the files of ``root`` that are not hidden, of its subfolders, and of folders that links in them lead to.
 
@@ -63,7 +79,7 @@ def _visible_files(root: Path) -> Iterator[Path]:
     """
     seen, waiting = set[tuple[int, int]](), [root]
     while waiting:
-        for place, subfolders, names in os.walk(waiting.pop(0)):
+        for place, subfolders, names in os.walk(waiting.pop(0), onerror=_refuse_unreadable):
             folder = Path(place)
             state = folder.stat()
             if (state.st_dev, state.st_ino) in seen:
@@ -73,6 +89,14 @@ def _visible_files(root: Path) -> Iterator[Path]:
             subfolders[:] = [name for name in sorted(subfolders) if name[0] != "."]
             waiting += [folder / name for name in subfolders if (folder / name).is_symlink()]
             yield from (folder / name for name in names if name[0] != "." and (folder / name).is_file())
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """Raise ValueError for a folder that cannot be listed, whose files would be missing from the text."""
+    raise ValueError(
+        f"{error.filename} cannot be read ({error.strerror}): get permission to read it, or give a pattern, such as "
+        "'FOLDER/**/*.txt', which leaves out folders that cannot be read"
+    ) from error
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -157,7 +181,7 @@ def _read_lines(path: Path, read_row: ReadRow, at: Position) -> Iterator[tuple[R
             file.seek(byte)
             while raw := file.readline():
                 line, byte = line + 1, byte + len(raw)
-                if raw.strip():
+                if raw.removeprefix(codecs.BOM_UTF8).strip():
                     yield _parse_line(raw, read_row, f"{path}, line {line}"), [line, byte]
         except BROKEN as error:
             yield Record(f"{path}, line {line + 1}", fault=f"is where the file breaks off ({error_line(error)})"), END

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import PromptSource
+from longctx.data.records import error_line
 from longctx.data.tokenize import first_tokens
 
 _NO_TEXT = "the prompt is empty: give some text with prompt.file, prompt.text or prompt.pydoc"
@@ -20,8 +21,8 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     as in `longctx.data.tokenize.tokenize`, and count.
 
     Raises ValueError for a file that is missing, empty or not UTF-8, for an unknown topic, and for an empty prompt.
-    Raises ValueError unless there is exactly one source, for a question to a model without a chat template, and for a
-    text that a slow tokenizer cannot cut.
+    Raises ValueError unless there is exactly one source, for a question to a model without a chat template or with one
+    that refuses it, and for a text that a slow tokenizer cannot cut.
     """
     if source.question is not None and not tokenizer.chat_template:
         _refuse_other_than_one(source)
@@ -34,7 +35,13 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     if source.question is None:
         return ids, len(ids)
     message = {"role": "user", "content": f"{text}\n\n{source.question}"}
-    chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    try:
+        chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template can raise any error
+        raise ValueError(
+            f"the model's chat template refuses the prompt ({error_line(error)}): leave out prompt.question, or set "
+            "model.chat_template=FILE to another template"
+        ) from error
     return list(chat["input_ids"]), len(ids)
 
 

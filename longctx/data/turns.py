@@ -92,10 +92,20 @@ def turn_tokens(
         # A template closes answers with the special token that closes questions, or with an end token.  A token that
         # begins questions, such as GLM-4's end token <|user|>, stays.
         begins, _, closes = asked.rpartition(_QUESTION)
-        begin = {*encode(begins)}
-        closers |= {*_skip_space(encode(closes), tokenizer, last)[:1]} & {*tokenizer.added_tokens_decoder} - begin
-        closers |= {*ends} - begin
+        special = {*tokenizer.added_tokens_decoder}
+        closer = {*_skip_space(encode(closes), tokenizer, last)[:1]} & special
+        closers |= (closer | {*ends}) - {*_after_system_text(encode(begins), closer, special)}
     return rest[1:] if closers & {*rest[:1]} else new
+
+
+def _after_system_text(begin: list[int], closer: set[int], special: set[int]) -> list[int]:
+    """Return the tokens of ``begin`` that begin a question: those after a system text, if a ``closer`` closes one.
+
+    A token among the ``special`` ones before any text begins messages, and closes none.
+    """
+    text = next((i for i, token in enumerate(begin) if token not in special), len(begin))
+    closes = [i for i, token in enumerate(begin) if token in closer - {*begin[:text]}]
+    return begin[closes[-1] + 1 :] if closes else begin
 
 
 def _skip_space(tokens: list[int], tokenizer: Any, last: int) -> list[int]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,16 +64,21 @@ def export_advice(folder: Path) -> str:
     folder = folder.absolute()
     runs = [run for run in (folder, folder.parent) if checkpoint_folders(run / "checkpoints")]
     if (folder / RUN).is_file():
-        run, checkpoint = folder.parents[1], folder
+        run, checkpoint = folder.parent.parent, folder
     elif runs:
         run = checkpoint = runs[0]
     else:
         return ""
     to = run / "hf"
-    return (
-        f"it belongs to a training run: export that with python -m recipes.export checkpoint={checkpoint} to={to}, "
-        f"then give model={to}"
-    )
+    model = shlex.quote(f"model={to}")
+    if (to / "config.json").is_file():
+        return f"it belongs to a training run that was exported: give {model}, or export it again to a new folder"
+    return f"it belongs to a training run: export that with {export_command(checkpoint, to)}, then give {model}"
+
+
+def export_command(checkpoint: Path, to: Path) -> str:
+    """Return the command, as typed in a shell, that exports ``checkpoint``, or the last one of a run, to ``to``."""
+    return shlex.join(["python", "-m", "recipes.export", f"checkpoint={checkpoint}", f"to={to}"])
 
 
 def _weight_map(index: Path) -> dict[str, str]:

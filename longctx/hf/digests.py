@@ -15,6 +15,7 @@ from longctx.text_file import write_text
 
 _SETTLED_NS = 2 * 10**9  # a file changed more recently may change again without a new modification time
 _THREADS = 4
+_LOCKS = 64  # lock files, each for a part of all sets of files: they are never removed
 
 
 def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[str]:
@@ -22,11 +23,11 @@ def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[st
 
     Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode.  If
     ``cache`` is None or cannot be written, every file is read.  Processes that share a cache and ask for the same
-    ``files`` read them once, unless they changed in the last two seconds; for other files, they do not wait.
+    ``files`` read them once, unless they changed in the last two seconds; for other files, they rarely wait.
     """
     paths = [file.resolve() for file in files]
     store = cache / "digests.json" if cache else None
-    key = hashlib.sha256(repr(paths).encode()).hexdigest()[:12]
+    key = int(hashlib.sha256(repr(paths).encode()).hexdigest(), 16) % _LOCKS
     with _locked(store.with_name(f"digests-{key}.lock")) if store else nullcontext():
         known = _read(store) if store else {}
         before = {path: _state(path) for path in paths}

@@ -10,9 +10,16 @@ from pathlib import Path
 
 from longctx.config import ModelSource
 from longctx.hf.checkpoint import export_advice
-from longctx.hf.config import shape_of
+from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.gguf_file import CONVERSION, Say, convert, convert_wheel
-from longctx.hf.scratch import TEMPLATE, config_for_context, read_chat_template, write_config_like, write_scratch_folder
+from longctx.hf.scratch import (
+    TEMPLATE,
+    config_for_context,
+    read_chat_template,
+    with_date,
+    write_config_like,
+    write_scratch_folder,
+)
 from longctx.text_file import write_text
 
 
@@ -26,7 +33,7 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     Raises ValueError if ``model.config``, a GGUF file or the changes are not valid.
     """
     folder = _resolve_source(model, say)
-    if model.max_positions or model.rope_theta or model.rope_factor or model.chat_template:
+    if model.max_positions or model.rope_theta or model.rope_factor or model.chat_template or model.date:
         return _change(model, folder)
     return folder
 
@@ -72,6 +79,8 @@ def _change(model: ModelSource, source: Path) -> Path:
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None
+    if model.date:
+        template = with_date(tokenizer_of(source).chat_template if template is None else template, model.date)
     existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
     key = ["links 2", (source / "config.json").read_text(), repr(existing), repr(changed)]
     if template is not None:

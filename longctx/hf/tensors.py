@@ -4,7 +4,15 @@ from pathlib import Path
 
 import torch
 
-from longctx.hf.checkpoint import DROPPED, NORMS_OF_RANKS, TensorHeader, open_tensors, tensor_files, tensor_headers
+from longctx.hf.checkpoint import (
+    ADAPTED,
+    DROPPED,
+    NORMS_OF_RANKS,
+    TensorHeader,
+    open_tensors,
+    tensor_files,
+    tensor_headers,
+)
 from longctx.hf.config import family_in
 from longctx.model_shape import ModelShape
 from longctx.models import Family
@@ -50,7 +58,8 @@ def refuse_other_tensors(
             f"{folder} lacks {len(missing)} tensors that its config.json requires, such as {missing[0]}: "
             "use a complete checkpoint"
         )
-    known = expected.keys() | derived | {DROPPED + name for name in canonical}
+    dropped = {DROPPED + name for name in canonical} if (folder / ADAPTED).is_file() else set()
+    known = expected.keys() | derived | dropped
     if unknown := [name for name in headers if name not in known]:
         raise ValueError(
             f"{folder} has tensors that no part of the model takes: {sorted(unknown)[:3]}; "

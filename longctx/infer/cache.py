@@ -8,6 +8,8 @@ import torch
 from longctx.attention.layout import Layout, empty, side_by_side
 from longctx.shapes import Keys, Tensor
 
+_BLOCK = 64  # rows
+
 
 @runtime_checkable
 class Cache(Protocol):
@@ -35,19 +37,23 @@ class KVCache:
     """Keys and values of one sequence in all layers, for the positions that this rank caches.
 
     ``layout`` spans the ring of ``size`` ranks, in which this rank is ``rank``, so the cache stays sharded as it grows.
-    The first `append` to a layer allocates at least ``reserve`` rows.  The allocation doubles when it is full, so that
-    appending a token usually copies nothing.
+    The first `append` to a layer allocates at least ``room`` rows.  An allocation that is full grows to the rows that
+    `make_room` asks for, else by an eighth but at least 64 rows, so that appending a token usually copies nothing.
     """
 
-    def __init__(self, size: int, rank: int, reserve: int = 0) -> None:
+    def __init__(self, size: int, rank: int, room: int = 0) -> None:
         self.layout = empty(size)
-        self._rank, self._reserve = rank, reserve
+        self._rank, self._room = rank, room
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def rows(self) -> int:
         """Rows that this rank caches."""
         return self.layout.rows(self._rank)
+
+    def make_room(self, rows: int) -> None:
+        """Let this rank's cache grow by ``rows`` rows at once, at the next `append`, if it has no room for them."""
+        self._room = self.rows + rows
 
     def extend(self, later: Layout) -> None:
         """Add ``later``, the positions of the next pass; then call `append` in each layer with this rank's rows."""
@@ -58,7 +64,9 @@ class KVCache:
         end, begin = self.rows, self.rows - k.shape[1]
         keys, values = self._layers.get(layer, (k[:, :0], v[:, :0]))
         if layer not in self._layers or keys.shape[1] < end:
-            room = max(end, self._reserve, 2 * begin)
+            room = max(end, self._room)
+            if begin and self._room < end:
+                room += max(_BLOCK, room // 8)
             keys, values = _enlarge(keys, room), _enlarge(values, room)
             self._layers[layer] = keys, values
         if begin < end:  # a rank may have none of the pass's rows
@@ -81,7 +89,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cached rows of all layers, without the reserve."""
+        """Bytes of the cached rows of all layers, without room for more."""
         tensors = [x[:, : self.rows] for layer in self._layers.values() for x in layer]
         return sum(x.numel() * x.element_size() for x in tensors)
 

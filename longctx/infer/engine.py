@@ -87,9 +87,13 @@ class Engine:
         """Return ``strategies`` for `run_pass`: a dictionary from each window of the model's layers to ``strategy``."""
         return dict.fromkeys(self.shape.windows, strategy)
 
-    def cache(self, tokens: int, more: int = 0) -> KVCache:
-        """Return an empty cache with room for this rank's share of ``tokens``, and for ``more`` further rows."""
-        return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2 + more)
+    def share_of(self, tokens: int) -> int:
+        """Return the rows that this rank caches of ``tokens``, if the ring shares them evenly, and two more."""
+        return -(-tokens // self.ring.size) + 2
+
+    def cache(self, tokens: int) -> KVCache:
+        """Return an empty cache with room for this rank's share of ``tokens``."""
+        return KVCache(self.ring.size, self.ring.rank, self.share_of(tokens))
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from functools import partial
 
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, documents, shard_balanced
 from longctx.config import Context, Sampling
-from longctx.infer.cache import BatchCache, KVCache
+from longctx.infer.cache import BatchCache
 from longctx.infer.choose import choose_next
 from longctx.infer.engine import Engine, barrier
 from longctx.infer.prefill import (
@@ -40,9 +40,9 @@ class Session:
     Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); see `shard_balanced`.
     ``choose`` picks the strategy of each prefill; without it, all use ``context.strategy``.  With
     ``context.decode=auto``, ``choose_decode`` picks the strategy of each `decode` by its number of sequences;
-    ``decode_choices`` has the (strategy, reason) for each number of sequences so far.  A new sequence's cache has room
-    for at least ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` got other
-    settings for it.  All ranks must make the same calls in the same order.
+    ``decode_choices`` has the (strategy, reason) for each number of sequences so far.  Before each turn, a sequence's
+    cache gets room for the turn's tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` got
+    other settings for it.  All ranks must make the same calls in the same order.
 
     Raises ValueError for ``context.decode=sharded`` on several context ranks if ``engine`` has no share of the weights.
     """
@@ -53,7 +53,6 @@ class Session:
         context: Context,
         sampling: Sampling,
         choose: Chooser | None = None,
-        reserve: int = 0,
         choose_decode: DecodeChooser | None = None,
     ) -> None:
         if context.decode == "sharded" and engine.ranks > 1 and not engine.share:
@@ -64,7 +63,6 @@ class Session:
         self.engine, self.context, self.sampling = engine, context, sampling
         self.sequences: dict[int, Conversation] = {}
         self._choose = choose or (lambda *_: (context.strategy, "as asked"))
-        self._reserve = reserve
         assert choose_decode or context.decode != "auto", "recipes refuse auto, or measure and choose"
         self._choose_decode = choose_decode
         self.decode_choices: dict[int, tuple[str, str]] = {}
@@ -77,7 +75,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values in this rank's caches, over all sequences and layers, without reserved room."""
+        """Bytes of the keys and values in this rank's caches, over all sequences and layers, without room for more."""
         return sum(sequence.cache.bytes for sequence in self.sequences.values())
 
     def turn(
@@ -119,21 +117,13 @@ class Session:
             self._restore(before)
             raise
 
-    def cache_for(self, tokens: int, decoded: int) -> KVCache:
-        """Return an empty cache for one sequence, which is not added to the session.
-
-        It has room for this rank's share of ``tokens`` rows, or of ``reserve`` if that is more, and for ``decoded``
-        more rows.
-        """
-        return self.engine.cache(max(self._reserve, tokens), decoded)
-
     def add(self, sequence: int, tokens: int, decoded: int, sampling: Sampling | None = None) -> Conversation:
         """Add and return the new ``sequence``, empty, with room for ``tokens`` prefilled and ``decoded`` more tokens.
 
         ``sampling`` replaces the session's settings for this sequence; its seed is used unchanged.
         """
         settings = sampling or self.sampling.for_answer(sequence)
-        self.sequences[sequence] = Conversation(self.cache_for(tokens, decoded), sampling=settings)
+        self.sequences[sequence] = Conversation(self.engine.cache(tokens + decoded), sampling=settings)
         return self.sequences[sequence]
 
     def drop(self, sequence: int) -> None:
@@ -164,9 +154,12 @@ class Session:
     ) -> Turn:
         # 1. Prefill, which gives the first tokens.
         sent, began = self.engine.sent, time.perf_counter()
-        for i in prompts:
-            if i not in self.sequences:
-                self.add(i, len(prompts[i]), max_new_tokens[i])
+        for i, prompt in prompts.items():
+            if i in self.sequences:
+                cache = self.sequences[i].cache
+                cache.make_room(self.engine.share_of(len(prompt) + 1 + max_new_tokens[i]))
+            else:
+                self.add(i, len(prompt), max_new_tokens[i])
         with doing("prefill"):
             turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent

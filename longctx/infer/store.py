@@ -157,7 +157,7 @@ def load(session: Session, folder: Path, index: SessionIndex) -> None:
 def _read_sequence(session: Session, folder: Path, index: SessionIndex, i: str) -> Conversation:
     """Read sequence ``i`` from the files of a session, sharded over the ranks of ``session``."""
     engine, cached = session.engine, index["cached"][i]
-    sequence = Conversation(session.cache_for(cached, 2), sampling=session.sampling.for_answer(int(i)))
+    sequence = Conversation(engine.cache(cached + 2), sampling=session.sampling.for_answer(int(i)))
     sequence.append_prompt(index["tokens"][i])
     sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
     heads, positions = kv_heads(session), sequence.cache.layout.positions(engine.ring.rank)

@@ -76,9 +76,16 @@ def _start_server() -> None:
 
     The server imports modules from the same folders as this process.  By default, Python would let it search the
     working folder first, where a file such as ``eval.py`` may hide a package.
+
+    Raises ValueError if longctx is in a folder that cannot be an entry of PYTHONPATH.
     """
     from multiprocessing import forkserver
 
+    if os.pathsep in str(Path(__file__).parents[2]):
+        raise ValueError(
+            f"longctx is in {Path(__file__).parents[2]}: Python reads {os.pathsep} as the end of a folder's name, and "
+            "the ranks would not find this copy: rename the folder"
+        )
     _choose_temp_dir()
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(_preloaded)}

@@ -14,7 +14,8 @@ _SRUN = (
     "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE",
 )  # fmt: skip
 
-_SRUN_NUMBERS = ("SLURM_NODEID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # 0 if not set
+_RESTARTS = "SLURM_RESTART_COUNT"
+_SRUN_NUMBERS = ("SLURM_NODEID", "SLURM_STEP_ID", _RESTARTS)  # 0 if not set
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
@@ -51,7 +52,7 @@ def _srun_rank(e: Mapping[str, str]) -> Rank:
     """Return the rank that srun assigned in the environment ``e``."""
     _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], *_SRUN_NUMBERS))
     host = _first_host(e["SLURM_STEP_NODELIST"])
-    port = _port(*(int(e.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")))
+    port = _port(*(int(e.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", _RESTARTS)))
     local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
     rank, world_size, local_rank = (int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
     return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
@@ -110,3 +111,8 @@ def _first_host(nodes: str) -> str:
     """
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes)
     return first.partition(",")[0]
+
+
+def is_requeued() -> bool:
+    """Return True in a Slurm job that was requeued: it has begun its work before."""
+    return os.environ.get(_RESTARTS, "0") != "0"

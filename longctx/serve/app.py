@@ -35,7 +35,8 @@ class Front:
 
     ``submit`` and ``cancel`` are the methods of the `Service`.  At most ``max_open`` sequences may wait or be answered,
     and a request may have at most ``max_bytes``.  ``key`` is the API key (None: no key is required).  ``closed`` is the
-    reason why no more requests are accepted (None: they are accepted).
+    reason why no more requests are accepted (None: they are accepted).  ``cut`` counts the requests that the web server
+    ended after that, because their clients were too slow.
     """
 
     reader: Reader
@@ -46,6 +47,7 @@ class Front:
     max_bytes: int
     key: str | None = field(default=None, repr=False)
     closed: str | None = None
+    cut: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -297,4 +299,8 @@ class Guard:
             self.front.metrics.count_refusal()
             await JSONResponse(_body_of(refused), refused.status)(scope, receive, send)
             return
-        await self.app(scope, receive_bounded, send)
+        try:
+            await self.app(scope, receive_bounded, send)
+        except asyncio.CancelledError:
+            self.front.cut += 1
+            raise

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
 
 from longctx.config.run import SAMPLING_RANGES
 
@@ -47,6 +57,36 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
+# A list may have a million wrong items: stop at the first.  A list of prompts or messages is bounded, too.
+_MOST_ITEMS, _MOST_STOP_TOKENS = 10_000, 1024  # every step looks for its tokens among the stop tokens
+_Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
+_Texts = Annotated[list[StrictStr], Field(fail_fast=True, max_length=_MOST_ITEMS)]
+_TokenLists = Annotated[list[_Tokens], Field(fail_fast=True, max_length=_MOST_ITEMS)]
+_Parts = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=_MOST_ITEMS)]
+
+
+def _text_or_list(value: object) -> str:
+    """Return the tag of the kind that ``value`` is checked against: no other one is tried."""
+    return "list" if isinstance(value, list) else "text"
+
+
+def _kind_of_prompt(value: object) -> str:
+    """Return the tag of a prompt's kind; the first item decides for a list."""
+    if not isinstance(value, list):
+        return "text"
+    if isinstance(value[0] if value else "", str):
+        return "texts"
+    return "token_lists" if isinstance(value[0], list) else "tokens"
+
+
+_Text = Annotated[StrictStr, Tag("text")]
+_Stop = Annotated[_Text | Annotated[_Texts, Tag("list")], Discriminator(_text_or_list)]
+_Content = Annotated[_Text | Annotated[_Parts, Tag("list")], Discriminator(_text_or_list)]
+_Prompt = Annotated[
+    _Text | Annotated[_Texts, Tag("texts")] | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[_TokenLists, Tag("token_lists")],
+    Discriminator(_kind_of_prompt),
+]  # fmt: skip
 
 
 def _shown(**bounds: float) -> Any:
@@ -94,20 +134,20 @@ class Body(BaseModel):
     frequency_penalty: Annotated[StrictFloat, _shown_range("frequency_penalty")] | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: _Stop | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(json_schema_extra={"minimum": -1})] | None = None
     min_p: Annotated[StrictFloat, _shown_range("min_p")] | None = None
     repetition_penalty: Annotated[StrictFloat, _shown_range("repetition_penalty")] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=_MOST_STOP_TOKENS)] | None = None
 
 
 class CompletionBody(Body):
     """Body of /v1/completions: one prompt or several, each as text or as tokens."""
 
-    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    prompt: _Prompt
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
 
@@ -118,7 +158,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: StrictStr | list[dict[str, Any]]
+    content: _Content
 
     def plain(self, template: str) -> dict[str, Any]:
         """Return the message with its content as one text; null and empty fields are left out.
@@ -163,7 +203,7 @@ def refuse_half_character(text: str, param: str) -> None:
 class ChatBody(Body):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=_MOST_ITEMS)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -180,7 +220,7 @@ class TokenizeBody(BaseModel):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, max_length=_MOST_ITEMS)] | None = None
     add_special_tokens: StrictBool = True
 
 

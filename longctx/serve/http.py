@@ -1,5 +1,6 @@
 """The web server, in a thread of the first rank's process, until the last request is answered."""
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import uvicorn
 from longctx.serve.app import Front
 from longctx.serve.service import Service
 
-_GRACE_S = 10  # after the last answer, for clients that have not read it, or that never send their whole request
+GRACE_S = 10  # after the last answer, for clients that have not read it, or that never send their whole request
 _GOODBYE_S = 3.0  # after a failure, for the clients to get their errors
 
 
@@ -20,9 +21,12 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
     Call this on the first rank.  ``stopping`` is called after each step.  Before this returns, it lets the other ranks
     leave `follow`.  After a failure, the open requests get an error; then this raises it: `LostPeer` if a rank is
     lost, RuntimeError if the web server ends before it is told to.
+
+    A client that has not sent its whole request, or not read its whole answer, within `GRACE_S` seconds after the last
+    answer loses its connection, and ``front.cut`` counts it.
     """
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
+    server, logger = uvicorn.Server(config), logging.getLogger("uvicorn.error")
     thread = threading.Thread(target=server.run, args=([at],), daemon=True, name="http")
     thread.start()
     try:
@@ -30,7 +34,9 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
             service.step()
             if stopping():
                 front.closed = "the server is stopping"
-                server.should_exit |= not service.busy
+                if not service.busy:
+                    logger.setLevel(logging.CRITICAL)  # uvicorn logs a traceback for each request that it cuts
+                    server.should_exit = True
         if not server.should_exit:
             raise RuntimeError("the web server has ended by itself; its error is above: start recipes.serve again")
         service.stop()
@@ -40,3 +46,5 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
         server.should_exit = True
         thread.join(_GOODBYE_S)
         raise
+    finally:
+        logger.setLevel(logging.NOTSET)

@@ -87,6 +87,7 @@ class Reader:
         given = body.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         texts: list[Any] = list(given) if several else [given]
+        self._refuse_choices(len(texts), body.n or 1)
         prompts = tuple(self._tokens(one) for one in texts)
         sampling = self._sampling(body, body.logprobs)
         if body.max_tokens == 0 and not body.echo:
@@ -106,6 +107,7 @@ class Reader:
         self._refuse(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
+        self._refuse_choices(1, body.n or 1)
         prompt = self._refuse_tokens(self.chat_tokens(body.messages), "messages")
         sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
         if body.max_tokens == 0:
@@ -175,10 +177,10 @@ class Reader:
             given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
         if body.stop_token_ids is not None:
             given["stop_tokens"] = tuple(body.stop_token_ids)
-        for text in given.get("stop", ()):
-            refuse_half_character(text, "stop")
         if len(given.get("stop", ())) > _MOST_STOPS:
             raise RequestRefused(f"stop has {len(given['stop'])} texts: use at most {_MOST_STOPS}", "stop")
+        for text in given.get("stop", ()):
+            refuse_half_character(text, "stop")
         seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
         try:
             greedy = not given.get("temperature", self.defaults.temperature)
@@ -202,11 +204,6 @@ class Reader:
 
         ``others`` are further fields of `Ask`.
         """
-        n = body.n or 1
-        if not prompts or len(prompts) * n > self.max_choices:
-            raise RequestRefused(
-                f"{len(prompts)} prompts with n={n} are {len(prompts) * n} answers: use 1 to {self.max_choices}", "n"
-            )
         most = min(self.max_tokens, self.shape.max_positions)
         for prompt, new in zip(prompts, max_new_tokens, strict=True):
             if len(prompt) + new > most:
@@ -218,7 +215,14 @@ class Reader:
                 )
         self._refuse_unknown_token(max(sampling.stop_tokens, default=0), "stop_token_ids")
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Ask(body.model, prompts, max_new_tokens, sampling, n, bool(body.stream), usage, **others)
+        return Ask(body.model, prompts, max_new_tokens, sampling, body.n or 1, bool(body.stream), usage, **others)
+
+    def _refuse_choices(self, prompts: int, n: int) -> None:
+        """Raise `RequestRefused` for too many answers; call this before the prompts are tokenized, which takes long."""
+        if prompts * n > self.max_choices:
+            raise RequestRefused(
+                f"{prompts} prompts with n={n} are {prompts * n} answers: use 1 to {self.max_choices}", "n"
+            )
 
     def _refuse_unknown_token(self, largest: int, param: str) -> None:
         try:

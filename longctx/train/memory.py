@@ -19,7 +19,7 @@ def memory_meter(state: TrainState) -> MemoryMeter:
     The parts "weights" and "gradients" are those that ``state`` has already.  The other parts are
 
     * "logits": a chunk of logits, and the loss's gradients of the hidden states and of the output weight.
-    * "communication": messages of a `Comm` while they exist, and megatron-core's buffer of gathered rows.
+    * "communication": messages of a `Comm` while they exist, and megatron-core's buffer of gathered rows, which stays.
     * "optimizer": float32 weights and moments, and what an update allocates.
     * "activations": all else, such as the gradients of activations and of single weights.
 
@@ -34,6 +34,7 @@ def memory_meter(state: TrainState) -> MemoryMeter:
     )
     meter.hold("weights", state.net.parameters())
     meter.hold("gradients", [buffer.grad_data for buffer in state.model.buffers + state.model.expert_parallel_buffers])
+    meter.hold("communication", optimizer.gather_buffers())
     meter.hold("optimizer", _optimizer_tensors(state.optimizer))
     return meter
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from longctx.megatron.training.offload import Offload, OffloadedPartials
 from longctx.megatron.training.optimizer import (
     LossSums,
     MicroBatch,
+    MicroBatches,
     clear_gradients,
     forward_backward,
     mean_router_loss,
@@ -40,10 +42,10 @@ class ContextParallel:
     """Context parallelism in training: how ranks share sequences of ``length`` tokens and compute attention over them.
 
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
-    recomputation in the backward does not run the ring again.  ``dtype`` is that of rotary angles: float64 for models
-    in float64, else float32.  ``check_schedule`` proves for each sequence that attention's messages match on all ranks
-    and cannot deadlock.  ``offload`` takes the activations that the backward needs (None: they stay).  Every rank pads
-    its rows to a multiple of ``row_multiple``, also after tensor-parallel ranks have split them.
+    recomputation in the backward does not run the ring again.  ``dtype`` is the model's.  ``check_schedule`` proves for
+    each sequence that attention's messages match on all ranks and cannot deadlock.  ``offload`` takes the activations
+    that the backward needs (None: they stay).  Every rank pads its rows to a multiple of ``row_multiple``, also after
+    tensor-parallel ranks have split them.
     """
 
     length: int
@@ -75,10 +77,14 @@ class StepResult:
 
 
 def time_communication(runtime: Runtime) -> tuple[Runtime, ExposedCommTimer]:
-    """Return ``runtime`` with timed groups for attention and experts, and their timer of exposed communication."""
+    """Return ``runtime`` with timed groups for attention, experts and losses, and their timer of exposed communication.
+
+    megatron-core's own collectives do not pass through them.
+    """
     timer = ExposedCommTimer()
-    ulysses, ring, ep = (TimedComm(comm, timer) for comm in (runtime.ulysses, runtime.ring, runtime.ep))
-    return replace(runtime, ulysses=ulysses, ring=ring, ep=ep), timer
+    comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.tp_context, runtime.ep)
+    tp, ulysses, ring, tp_context, ep = (TimedComm(comm, timer) for comm in comms)
+    return replace(runtime, tp=tp, ulysses=ulysses, ring=ring, tp_context=tp_context, ep=ep), timer
 
 
 def train_step(trained: TrainState, batch: Batch, runtime: Runtime, parallelism: ContextParallel) -> StepResult:
@@ -107,26 +113,37 @@ def evaluate(
     """
     trained.model.eval()
     parallelism = replace(parallelism, keep_partials=False)
-    micro = [one for batch in batches for one in micro_batches(batch, runtime, trained.shape, parallelism, buckets)]
-    sums = forward_backward(trained, micro, learn=False, buckets=buckets)
+    micro = [micro_batches(batch, runtime, trained.shape, parallelism, buckets) for batch in batches]
+    every = MicroBatches([make for one in micro for make in one.makers])
+    sums = forward_backward(trained, every, learn=False, buckets=buckets)
     trained.model.train()
     return sums
 
 
 def micro_batches(
     batch: Batch, runtime: Runtime, shape: ModelShape, parallelism: ContextParallel, buckets: int = 1
-) -> list[MicroBatch]:
-    """Return a micro-batch for each sequence of ``batch``, with this context rank's rows.
+) -> MicroBatches:
+    """Return a micro-batch for each sequence of ``batch``, with this context rank's rows; each is made when needed.
 
     Rows are padded to `rows_per_rank`.  Each row gets the number of its bucket: the one of ``buckets`` equal ranges of
     positions in which its position in its document lies (see `evaluate`).
 
-    Raises ValueError for a token beyond the model's vocabulary.
+    Raises ValueError for a token beyond the model's vocabulary.  With ``parallelism.check_schedule``, raises
+    ScheduleError unless attention's messages match for all sequences.
     """
     shape.refuse_unknown_token(batch.largest_token)
-    sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
+    layouts = [
+        shard_balanced(lengths, LAYOUTS[parallelism.layout], [0] * runtime.ring.size).split(runtime.ulysses.size)
+        for lengths in batch.lengths
+    ]
+    if parallelism.check_schedule:
+        for layout in layouts:
+            _prove_attention(layout, runtime.mesh, shape, parallelism)
+    sequences = zip(batch.tokens, batch.targets, batch.mask, layouts, strict=True)
     mean_counted = batch.counted / (len(batch.lengths) * runtime.mesh.dp)
-    return [_micro_batch(*sequence, mean_counted, runtime, shape, parallelism, buckets) for sequence in sequences]
+    return MicroBatches(
+        [partial(_micro_batch, *one, mean_counted, runtime, shape, parallelism, buckets) for one in sequences]
+    )
 
 
 def rows_per_rank(length: int, runtime: Runtime, multiple: int = 1) -> int:
@@ -144,7 +161,7 @@ def _micro_batch(
     tokens: Tensor,
     targets: Tensor,
     mask: Tensor,
-    lengths: tuple[int, ...],
+    layout: Layout,
     mean_counted: float,
     runtime: Runtime,
     shape: ModelShape,
@@ -153,7 +170,6 @@ def _micro_batch(
 ) -> MicroBatch:
     # 1) Which positions of the sequence this rank holds, and the padding up to the common number of rows.
     ring, ulysses = runtime.ring, runtime.ulysses
-    layout = shard_balanced(lengths, LAYOUTS[parallelism.layout], [0] * ring.size).split(ulysses.size)
     rank = ring.rank * ulysses.size + ulysses.rank
     rows = rows_per_rank(parallelism.length, runtime, parallelism.row_multiple)
     index = layout.index(rank)
@@ -184,8 +200,6 @@ def _attention_pass(
 
     ``positions`` has the positions of all rows.
     """
-    if parallelism.check_schedule:
-        _prove_attention(layout, runtime.mesh, shape, parallelism)
     offload = parallelism.offload
     partials = {layer: OffloadedPartials(offload) if offload else list[Partial]() for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
@@ -197,7 +211,8 @@ def _attention_pass(
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))
 
-    return Pass(attend=attend, rotary=rotary_tables(shape, positions, parallelism.dtype))
+    angles = torch.promote_types(parallelism.dtype, torch.float32)
+    return Pass(attend=attend, rotary=rotary_tables(shape, positions, angles))
 
 
 def _prove_attention(layout: Layout, mesh: Mesh, shape: ModelShape, parallelism: ContextParallel) -> None:

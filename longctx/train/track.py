@@ -25,9 +25,10 @@ Say = Callable[[str], None]
 # a name without "/" is in the group train.
 Figures = Mapping[str, float | None]
 MANIFEST = "manifest.json"  # in a run's folder: command, settings, source (recipes/common/manifest.py)
-_CONNECT_S = 30.0  # longest wait for W&B's server at the start; without it, the run is recorded offline
+# Longest wait for W&B's server at the start; without it, the run is recorded offline.  WANDB_INIT_TIMEOUT overrides it.
+_CONNECT_S = 30.0
 # The same at the end; the rest stays on disk, for `wandb sync`.  A job that is warned two minutes before its end needs
-# most of them for its last step and checkpoint.
+# most of them for its last step and checkpoint.  WANDB_FINISH_TIMEOUT overrides it.
 _UPLOAD_S = 45.0
 
 
@@ -242,12 +243,7 @@ class Wandb:
             resume="allow",
             allow_val_change=True,
             dir=folder,
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                init_timeout=_CONNECT_S,
-                finish_timeout=_UPLOAD_S,
-            ),
+            settings=wandb.Settings(console="off", silent=True, **_waits(wandb)),
         )
         try:
             self._run = begin(mode=_mode(wandb))
@@ -281,6 +277,13 @@ class Wandb:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def _waits(wandb: Any) -> dict[str, Any]:
+    """Return the longest waits for W&B's server, by W&B's setting, except those that the user has set for W&B."""
+    set_by_user = wandb.setup().settings.model_fields_set
+    waits = {"init_timeout": _CONNECT_S, "finish_timeout": _UPLOAD_S}
+    return {name: seconds for name, seconds in waits.items() if name not in set_by_user}
 
 
 def _with_group(name: str) -> str:

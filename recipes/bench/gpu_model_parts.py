@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longctx.data.batches import Batch
     from longctx.infer.cache import KVCache
     from longctx.infer.engine import Engine
+    from longctx.infer.turn import Turn
     from longctx.megatron.runtime import Runtime
     from longctx.train.step import StepResult
     from recipes.bench.gpu_check import GpuCheckJob
@@ -119,18 +120,23 @@ def _train(
 def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Prefill random tokens with a model of random weights, then decode; return seconds and tokens/s.
 
-    There is a row for each prompt length.  ``peak_bytes`` is the peak on the GPU during this row, with the model and
+    There is a row for each prompt length.  A first prompt, of the shortest length, has no row: it takes the time of all
+    first calls.  ``peak_bytes`` is the peak on the GPU during this row, with the model and
     what the rows before left there; None on a CPU.
     """
     from longctx.config import Context, Sampling
     from longctx.infer.session import Session
 
-    engine, table_rows = _random_engine(job, runtime), []
+    engine, table_rows = _random_engine(job, runtime), list[TableRow]()
+
+    def answer(length: int) -> Turn:
+        context, prompts = Context(chunk=job.target.context.chunk), {0: _random_tokens(job, length).tolist()}
+        return Session(engine, context, Sampling()).turn(prompts, {0: job.settings.new_tokens})
+
+    answer(min(job.settings.prefill))
     for length in job.settings.prefill:
         _reset_peak(runtime.device)
-        context = Context(chunk=job.target.context.chunk)
-        prompts = {0: _random_tokens(job, length).tolist()}
-        turn = Session(engine, context, Sampling()).turn(prompts, {0: job.settings.new_tokens})
+        turn = answer(length)
         table_rows.append(
             {
                 "tokens": length,

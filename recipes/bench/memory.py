@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from longctx.shapes import AnyShape
 
 RECIPE = "recipes.bench memory"
+_OF_TRAINING = ("dp", "pp", "ep", "sequences", "zero1", "recompute", "mlp_rows", "offload")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class MemoryBenchSettings:
 
 @dataclass(frozen=True)
 class MemoryRun:
-    """Work to measure, and its mesh; the last four are settings of a training step."""
+    """Work to measure, and its mesh; the last four are settings of a training step.
+
+    Each data-parallel rank has ``sequences`` sequences in a step, each a micro-batch.
+    """
 
     work: Literal["prefill", "decode", "train"] = "train"
     tp: PositiveInt = 1
@@ -58,6 +62,8 @@ class MemoryRun:
     ring: PositiveInt = 1
     dp: PositiveInt = 1
     pp: PositiveInt = 1
+    ep: PositiveInt = 1
+    sequences: PositiveInt = 1
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv"] = "pass_kv"
     zero1: bool = False
     recompute: Recompute = "none"
@@ -65,19 +71,20 @@ class MemoryRun:
     offload: str | None = None
 
     def __post_init__(self) -> None:
-        of_training = (self.dp, self.pp, self.zero1, self.recompute, self.mlp_rows, self.offload)
-        if self.work != "train" and of_training != (1, 1, False, "none", None, None):
-            raise ValueError(f"work={self.work} has no dp, pp, zero1, recompute, mlp_rows or offload: use work=train")
+        plain = {name: getattr(MemoryRun, name) for name in _OF_TRAINING}
+        if self.work != "train" and any(getattr(self, name) != value for name, value in plain.items()):
+            raise ValueError(f"work={self.work} has no {', '.join(_OF_TRAINING)}: use work=train")
         if self.work == "decode" and self.strategy != MemoryRun.strategy:
             raise ValueError(f"strategy={self.strategy} is of prefill: with work=decode, set context.decode instead")
 
     @property
     def mesh(self) -> Mesh:
         """Mesh of the run."""
-        return Mesh(self.tp, self.ulysses, self.ring, self.dp, self.pp)
+        return Mesh(self.tp, self.ulysses, self.ring, self.dp, self.pp, self.ep)
 
     def __str__(self) -> str:
         options: list[str] = [self.strategy] if self.strategy != "pass_kv" else []
+        options += [f"sequences={self.sequences}"] if self.sequences > 1 else []
         options += ["zero1"] if self.zero1 else []
         options += [f"recompute={self.recompute}"] if self.recompute != "none" else []
         options += [f"mlp_rows={self.mlp_rows}"] if self.mlp_rows else []
@@ -115,8 +122,8 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
 
 
 def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
-    """Return ``job`` with the mesh and the settings of ``run``, and one sequence for each data-parallel rank."""
-    data = replace(job.data, batch=run.dp)
+    """Return ``job`` with the mesh and the settings of ``run``, and its sequences for each data-parallel rank."""
+    data = replace(job.data, batch=run.dp * run.sequences)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
     refuse_offload(job.target, run.offload, job.lora)

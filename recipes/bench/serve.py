@@ -5,6 +5,7 @@ python -m recipes.bench serve
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -83,7 +84,8 @@ def prepare(config: DictConfig) -> ServeBenchJob:
 def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
     """Answer the load one request at a time, then by every variant; return the figures of each, in this order.
 
-    Rank 0 plays the clients.  The other ranks follow it, and their figures are empty.
+    Before them, the first request is answered once, without figures: the first calls of a process take longer.  Rank 0
+    plays the clients.  The other ranks follow it, and their figures are empty.
     """
     from longctx.infer.continuous import ContinuousSession
 
@@ -93,6 +95,7 @@ def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
         engine = target.load_engine(runtime)
         choose_decode = make_decode_chooser(runtime, target, engine)
         new_session = partial(ContinuousSession, engine, target.context, Sampling(), choose_decode=choose_decode)
+        run_variant(new_session, runtime, job, ALONE, load[:1], lambda: None)
         figures = []
         for variant in (ALONE, *settings.variants):
             progress.start(variant, len(load))
@@ -167,19 +170,22 @@ def run_variant(
 def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[dict[str, object]]:
     """Return a row of figures for each variant, with its speed and equal answers compared with the first variant.
 
-    The first variant answered one request at a time.
+    The first variant answered one request at a time.  Requests that failed do not count in the rates; "speedup" is
+    None if all failed in the first variant.
     """
     load, alone = make_load(job.settings, job.text), all_figures[0]
+    alone_per_s = len(alone.answers) / alone.seconds
     short = {one.number for one in load if len(one.prompt) < job.settings.short}
     table_rows: list[dict[str, object]] = []
     for figures in all_figures:
+        per_s = len(figures.answers) / figures.seconds
         p50, p95 = middle_and_tail([seconds for number, seconds in figures.first_token_s.items() if number in short])
         table_rows.append(
             {
                 "variant": figures.variant,
                 "seconds": figures.seconds,
-                "requests_per_s": len(load) / figures.seconds,
-                "speedup": alone.seconds / figures.seconds,
+                "requests_per_s": per_s,
+                "speedup": per_s / alone_per_s if alone_per_s else None,
                 "short_ttft_p50_s": p50,
                 "short_ttft_p95_s": p95,
                 "ttft_p50_s": middle_and_tail([*figures.first_token_s.values()])[0],
@@ -210,13 +216,15 @@ def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for one in table_rows:
         megabytes = " ".join(f"{size / 1e6:.0f}" for size in one["page_bytes_by_rank"])  # type: ignore[attr-defined]
-        figures = [f"{one['seconds']:.1f}", f"{one['speedup']:.2f}"]
+        figures = [f"{one['seconds']:.1f}", "" if one["speedup"] is None else f"{one['speedup']:.2f}"]
         short = [one[name] for name in ("short_ttft_p50_s", "short_ttft_p95_s")]
         figures += ["" if seconds is None else f"{seconds:.2f}" for seconds in short]
         figures += [f"{one['equal_answers']} of {requests}", f"{one['hit_rate']:.2f}", megabytes]
         table.add_row(str(one["variant"]), *figures)
     console.print(table)
     for one in table_rows:
+        if failures := one["failures"]:
+            console.print(f"{one['variant']}: {len(failures)} of {requests} requests failed: {failures[0]}")  # type: ignore[arg-type, index]
         for number, margin in one["margins_of_others"].items():  # type: ignore[attr-defined]
             console.print(
                 f"{one['variant']}: request {number} parts from its answer alone at a margin of {margin:.1e} nats"
@@ -224,7 +232,7 @@ def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks and show the figures; also write them if ``out`` is set."""
+    """Run the ranks and show the figures; also write them if ``out`` is set.  Exit with code 1 if a request failed."""
     warm_up_ranks(["longctx.infer.engine", "longctx.serve.service", "recipes.common.progress"])
     job = prepare(config)
     figures = on_ranks(job.target.mesh, run_rank, job)
@@ -237,3 +245,5 @@ def task(config: DictConfig) -> None:
         inputs = {"model": target.model.name, "mesh": str(target.mesh), "context": asdict(target.context)}
         inputs |= {"settings": asdict(job.settings)}
         write_result(job.settings.out, {**provenance(), **inputs, "rows": table_rows})
+    if any(one.failures for one in figures):
+        sys.exit(1)

@@ -29,7 +29,7 @@ from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_al
 from recipes.bench.times_report import Row, covering_error, draw_times, errors, merge, page_of, show
 from recipes.bench.timing import refuse_gpu, refuse_set_by_runs
 from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
-from recipes.common.hardware_file import read_machine, record_errors, refuse_other_threads
+from recipes.common.hardware_file import read_machine, record_errors, refuse_more_ranks, refuse_other_threads
 from recipes.common.overrides import choices
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import ELEMENT_BYTES
@@ -102,8 +102,9 @@ def prepare(config: DictConfig) -> TimesJob:
         merge(settings.json, (), dict.fromkeys(run.group for run in runs))  # raises for a file of an older version
     if job.settings.offload:
         raise ValueError(f"offload={job.settings.offload}: the time of offload has no prediction; use offload=null")
-    jobs = tuple(_job_of(job, run) for run in runs)
-    return TimesJob(settings, read_machine(settings.hardware), runs, jobs, job.data.length)
+    jobs, machine = tuple(_job_of(job, run) for run in runs), read_machine(settings.hardware)
+    refuse_more_ranks(settings.hardware, machine, max((run.mesh.ranks for run in runs), default=1), "other runs")
+    return TimesJob(settings, machine, runs, jobs, job.data.length)
 
 
 def refuse_no_hosts(runs: Sequence[TimedRun], without_hosts: Sequence[str]) -> None:

@@ -53,6 +53,18 @@ def read_rates(name: str) -> tuple[float | None, Machine | None]:
     return machine.peak_flops, machine
 
 
+def refuse_more_ranks(hardware: str | None, machine: Machine | None, ranks: int, instead: str) -> None:
+    """Raise ValueError if ``machine``, named by ``hardware``, describes the links of fewer GPUs than ``ranks``.
+
+    ``instead`` is the first remedy that the message names.
+    """
+    if machine and ranks > machine.gpus:
+        raise ValueError(
+            f"hardware={hardware} describes the links of {machine.gpus} GPUs, not of {ranks:,}: use {instead}, or a "
+            "copy of its file with one more level: the links between nodes"
+        )
+
+
 def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, *, fixed: bool = False) -> None:
     """Raise ValueError if the file ``hardware`` was measured with other threads per rank than a run on ``mesh`` uses.
 
@@ -108,6 +120,21 @@ def is_measured_on_cpus(hardware: str) -> bool:
     values = _values(hardware)
     # A GPU's file has no number of threads.
     return isinstance(values, dict) and "levels" not in values and _measured(values).get("threads", 1) is not None
+
+
+def measured_threads(hardware: str) -> int | None:
+    """Return the threads per rank with which the file ``hardware`` was measured; None if it states none."""
+    values = None if hardware in choices("machine") else _values(hardware)
+    threads = _measured(values).get("threads") if isinstance(values, dict) else None
+    return threads if isinstance(threads, int) else None
+
+
+def measured_mesh(hardware: str) -> str | None:
+    """Return the mesh on which recipes.calibrate measured the links of ``hardware``; None for machines with levels."""
+    values = None if hardware in choices("machine") else _values(hardware)
+    if not isinstance(values, dict) or "levels" in values:
+        return None
+    return str(_measured(values).get("mesh", "one pair of ranks"))
 
 
 def _measured(values: Mapping[str, object]) -> Mapping[str, object]:

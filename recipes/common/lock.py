@@ -31,7 +31,6 @@ def hold(file: Path, setting: str) -> Iterator[int | None]:
     if not is_first():
         yield None
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(file, setting)
     _locks.add(descriptor)
     try:
@@ -63,13 +62,17 @@ def lock_beside(place: Path) -> Path:
 
 
 def _lock(file: Path, setting: str) -> int:
-    """Lock ``file`` and return its descriptor; without locks in the file system, warn and return it unlocked.
+    """Make and lock ``file``, and return its descriptor; without locks in the file system, warn and return it unlocked.
 
     Waits for another host of the same Slurm job, up to a limit.  Raises ValueError if another run holds it.
     """
     until = time.monotonic() + _OWN_JOB_S
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):

@@ -53,6 +53,9 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
             "training; leave it out"
         )
     near = get_close_matches(name, known, n=1, cutoff=0.75)
+    if name.startswith("model.config."):
+        meant = f"did you mean {near[0]}? For" if near else "for"
+        return f"the model's file has no {name}: {meant} another field of config.json, write +{name}=VALUE"
     section, _, key = name.rpartition(".")
     if not near and section not in known:  # the section is missing or wrong
         full_names = {each.rpartition(".")[2]: each for each in reversed(known)}

@@ -149,13 +149,13 @@ def expand_home(config: DictConfig) -> DictConfig:
 
 def path_word(key: str, path: str) -> str:
     """Return the word of a command line that sets ``key`` to one ``path``, quoted if Hydra could read it as a sweep."""
-    return f"{key}={quote(path) if ',' in path or _is_quoted(path) else path}"
+    return f"{key}={quote(path) if ',' in path or is_quoted(path) else path}"
 
 
 def typed_word(override: str) -> str:
     """Return what a user types for ``override``, a word in Hydra's grammar: free text loses its quotes."""
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in FREE_TEXT or not _is_quoted(value):
+    if not equals or key.lstrip("+") not in FREE_TEXT or not is_quoted(value):
         return override
     parsed = OverridesParser.create().parse_override(override).value()
     return f"{key}={OmegaConf.create([str(parsed)])[0]}"
@@ -194,24 +194,24 @@ def _refuse_nothing(word: str) -> None:
         raise ValueError(f"{word} chooses nothing: write {key}=NAME, where NAME is one of {', '.join(choices(key))}")
 
 
-def _is_quoted(text: str) -> bool:
+def is_quoted(text: str) -> bool:
     """Return True if ``text`` is one string in Hydra's quotes: ``"a" and "b"`` is not."""
     return re.fullmatch(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", text, re.DOTALL) is not None
 
 
 def lists_values(value: str) -> bool:
     """Return True if ``value`` of a path lists the values of a sweep: it has a comma outside quotes."""
-    return "," in value and not _is_quoted(value)
+    return "," in value and not is_quoted(value)
 
 
 def _path(key: str, value: str, sweep: bool) -> str:
     if not lists_values(value):
-        return value if _is_quoted(value) else quote(value)
+        return value if is_quoted(value) else quote(value)
     if not sweep:
         raise ValueError(
             f"{key}={value} lists several values: add --multirun for a sweep, or quote it: {key}='\"{value}\"'"
         )
-    return ",".join(path if path == "null" or _is_quoted(path) else quote(path) for path in _LISTED.findall(value))
+    return ",".join(path if path == "null" or is_quoted(path) else quote(path) for path in _LISTED.findall(value))
 
 
 def _model(value: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -55,7 +56,8 @@ class Question:
 
     ``dtype_bytes`` is the size of a weight and of an activation.  ``strategy`` None plans for all strategies.
     ``max_ttft_s`` None sets no limit; ``max_memory_gb`` None takes the machine's memory of a GPU as the limit.
-    ``allowed_drop`` is the share of blocks that drop a reduction on meshes with tensor parallelism.
+    ``allowed_drop`` is the largest share of blocks that drop a reduction on meshes with tensor parallelism.
+    ``operations`` are those of layers on a GPU or on a CPU, for the memory of training.
     """
 
     shape: ModelShape
@@ -67,6 +69,7 @@ class Question:
     allowed_drop: AllowedDrop = NO_DROP
     max_ttft_s: float | None = None
     max_memory_gb: float | None = None
+    operations: Literal["cuda", "cpu"] = "cuda"
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -86,6 +89,12 @@ class Question:
         """Number of experts that ranks can divide; 1 for a model without experts."""
         return self.shape.mixture.count if self.shape.mixture else 1
 
+    @property
+    def drop_share(self) -> float:
+        """Share of the blocks that drop a reduction: the most whole blocks that ``allowed_drop`` allows."""
+        layers = self.shape.layers
+        return floor(self.allowed_drop.share * layers + 1e-9) / layers
+
     def numbers(self, mesh: Mesh) -> Numbers:
         """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``.
 
@@ -95,4 +104,4 @@ class Question:
         ffn = self.machine.ffn_element_bytes
         small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
         drops = mesh.tp > 1 and self.allowed_drop.tp in (None, mesh.tp)
-        return Numbers(self.dtype_bytes, small, self.allowed_drop.share if drops else 0.0)
+        return Numbers(self.dtype_bytes, small, self.drop_share if drops else 0.0)

@@ -19,6 +19,9 @@ from recipes.common.plan_question import Question
 from recipes.common.spd_plan import refuse_shared_over_tp
 from recipes.common.spd_report import NO_DROP
 
+# Words of the recipes' refusals, and those of recipes.plan in their place.
+SETTINGS = {"data.batch": "work.batch", "data.length": "work.context", "more text": "a larger work.context"}
+
 # Parts of a pass, in words for the user.
 WORDS = {
     "products": "matrix products",
@@ -129,7 +132,7 @@ class Plan:
     def as_dict(self) -> dict[str, object]:
         """Return the plan as written to ``out``: times in seconds, memory in GB, bytes that a rank sends by axis."""
         strides = {"tp": 1, "ulysses": self.mesh.tp, "ring": self.mesh.tp * self.mesh.ulysses}
-        level = self.question.machine.level
+        level = self.question.machine.shared_by(self.mesh).level
         return {
             "mesh": vars(self.mesh),
             "strategy": self.strategy,
@@ -204,7 +207,9 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
     answer, decode = None, strategy if work.kind == "decode" else None
     if work.kind == "train":
-        step = StepWork(work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=512, operations="cuda")
+        step = StepWork(
+            work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=512, operations=question.operations
+        )
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
         memory = step_bytes(shape, mesh, step, strategy, numbers)
     elif work.kind == "decode":
@@ -241,7 +246,8 @@ def _answer_of(question: Question, mesh: Mesh) -> tuple[str, PassCost]:
 def refusal_of(question: Question, mesh: Mesh, decode: str | None = None) -> str | None:
     """Return the message with which the recipes refuse ``mesh`` for this model and work; None if they accept it.
 
-    ``decode`` is the strategy of decoding, if any.
+    It names settings of recipes.plan in place of those of a run (`SETTINGS`).  ``decode`` is the strategy of decoding,
+    if any.
     """
     work = question.work
     try:
@@ -255,7 +261,10 @@ def refusal_of(question: Question, mesh: Mesh, decode: str | None = None) -> str
         elif work.kind != "decode":
             refuse_few_tokens(mesh, work.context * work.batch)
     except ValueError as error:
-        return str(error)
+        message = str(error)
+        for of_run, of_plan in SETTINGS.items():
+            message = message.replace(of_run, of_plan)
+        return message
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 
 if TYPE_CHECKING:
+    from longctx.config import Context, Mesh
     from longctx.cost.machine import Machine
     from longctx.infer.session import Session
     from longctx.infer.turn import Turn
@@ -28,6 +29,16 @@ def refuse_unpredicted(target: Target) -> None:
             f"hardware: a prefill in parts (context.chunk={target.context.chunk}) is not modelled; {fix}, or "
             "context.chunk=null"
         )
+    if not is_balanced(target.context, target.mesh):
+        raise ValueError(
+            f"hardware: times of context.layout={target.context.layout} are not modelled; {fix}, or "
+            "context.layout=zigzag"
+        )
+
+
+def is_balanced(context: Context, mesh: Mesh) -> bool:
+    """Return True if rows are divided as in the cost model: by the layout zigzag, or not at all over a ring."""
+    return context.layout == "zigzag" or mesh.ring == 1
 
 
 def predict_turn(

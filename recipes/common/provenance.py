@@ -86,7 +86,7 @@ def commit_of(source: Path) -> str:
         return (source / "COMMIT").read_text().strip()
     if not is_checkout(source):
         return f"longctx {longctx.__version__}, not a git checkout"
-    name = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "a checkout without git"
+    name = git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "a checkout without git"
     return f"{name}-{hashlib.sha256(diff_of(source).encode()).hexdigest()[:8]}" if name.endswith("-dirty") else name
 
 
@@ -99,12 +99,20 @@ def diff_of(source: Path) -> str:
         return (source / "dirty.diff").read_text()
     if not is_checkout(source):
         return ""
-    new = _git(source, "ls-files", "--others", "--exclude-standard")
-    return _git(source, "diff", "HEAD") + "".join(f"# not in git: {name}\n" for name in new.splitlines())
+    new = git(source, "ls-files", "--others", "--exclude-standard")
+    return git(source, "diff", "HEAD") + "".join(f"# not in git: {name}\n" for name in new.splitlines())
 
 
-def _git(source: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False).stdout
+def git(source: Path, *words: str, errors: str = "backslashreplace") -> str:
+    """Return the output of git in ``source``; an empty text if git fails or is not installed.
+
+    ``errors`` is how bytes that are not UTF-8 are read.
+    """
+    command = ["git", "-C", str(source), *words]
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors=errors, check=False).stdout
+    except (FileNotFoundError, PermissionError):  # there is no such program
+        return ""
 
 
 def _processor() -> str:

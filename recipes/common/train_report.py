@@ -12,8 +12,9 @@ from rich.table import Table
 
 from longctx.cost.forward import Numbers
 from longctx.cost.step import step_cost
+from longctx.hf.checkpoint import export_command
 from recipes.common.cli import STOPPED, console
-from recipes.common.predicted import ELEMENT_BYTES, beside
+from recipes.common.predicted import ELEMENT_BYTES, beside, is_balanced
 from recipes.common.train_job import TrainJob
 from recipes.common.train_memory import describe_memory, predict_memory, step_work
 
@@ -84,11 +85,12 @@ class RunResult:
 
 
 def predict_step(job: TrainJob, documents: tuple[tuple[int, ...], ...]) -> float | None:
-    """Return the predicted seconds of a training step; None without constants of a machine, or with offload.
+    """Return the predicted seconds of a training step; None without constants of a machine.
 
+    It is also None for what the cost model has no times of: offload, and a ring with a layout other than zigzag.
     ``documents`` has the lengths of the documents in each sequence.
     """
-    if job.machine is None or job.settings.offload:
+    if job.machine is None or job.settings.offload or not is_balanced(job.target.context, job.target.mesh):
         return None
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
     share = len(target.plan.dropped) / target.shape.layers if target.plan and target.mesh.tp > 1 else 0.0
@@ -125,7 +127,7 @@ def show(job: TrainJob, result: RunResult) -> None:
     table.add_row("figures", str(job.out / "metrics.jsonl"))
     table.add_row("checkpoint", result.checkpoint)
     if not job.config["dropped"]:  # transformers has no blocks that drop a reduction
-        table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
+        table.add_row("to transformers", export_command(job.out, job.out / "hf"))
     console.print(table)
     if result.stopped:
         sys.exit(STOPPED)

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx import checkpoint_index
+from longctx.data.files import left_out_by_version_0_2
 from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from longctx.models.tensors import tensor_shapes
 from recipes.common.cli import is_first
-from recipes.common.places import nearest_existing
+from recipes.common.places import nearest_existing, read_json
+from recipes.common.predicted import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from recipes.common.train_job import TrainJob
 
-BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and its two moments
+_MOMENTS, _COPY = 8, 4  # bytes per weight of the optimizer's two moments, and of its copy of the weight; in float32
 
 
 def begin_run(job: TrainJob) -> None:
@@ -65,7 +67,8 @@ def refuse_other_model(job: TrainJob) -> None:
             for each in (Path(work, "model"), job.scratch)
         )
     # Earlier versions wrote config.json in another format, and no generation_config.json of a GGUF file.
-    if json.loads(files["config.json"]) != json.loads(existing["config.json"]):
+    config = read_json(job.scratch / "config.json", "restore the model's file, or give another out=")
+    if json.loads(files["config.json"]) != config:
         raise ValueError(
             f"out={job.out} has a run of another model, or of this one with another model.max_positions or rope: "
             "use the same model settings, or give another out="
@@ -79,11 +82,24 @@ def refuse_other_model(job: TrainJob) -> None:
         )
 
 
+def checkpoint_bytes(shape: ModelShape, dtype: str, *, zero1: bool, adapters: bool) -> int:
+    """Return the bytes of a checkpoint of a model of ``shape``, without its small parts, such as file headers.
+
+    The optimizer has a copy of the weights in float32 if they are not, and with ZeRO-1.  With ``adapters``, its state
+    is small.
+    """
+    per_weight = ELEMENT_BYTES[dtype]
+    if not adapters:
+        per_weight += _MOMENTS + (_COPY if zero1 or dtype != "float32" else 0)
+    return weights_of(shape) * per_weight
+
+
 def refuse_no_room(job: TrainJob) -> None:
     """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
     existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
-    per_weight = 4 if job.lora.rank else BYTES_PER_WEIGHT  # with adapters, the optimizer's state is small
-    needed = weights_of(job.target.shape) * per_weight * max(1, job.saving.keep + 1 - existing)
+    target, adapters = job.target, job.lora.rank is not None
+    size = checkpoint_bytes(target.shape, target.model.dtype, zero1=job.optim.zero1, adapters=adapters)
+    needed = size * max(1, job.saving.keep + 1 - existing)
     # A killed run leaves a partial checkpoint, which this run removes when it starts.
     partial_folders = (job.out / "checkpoints").glob(f"step-*{checkpoint_index.PARTIAL}*")
     removed = sum(file.stat().st_size for folder in partial_folders for file in folder.rglob("*") if file.is_file())
@@ -165,7 +181,8 @@ def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -
     pairs = zip(job.data.sources, was, job.text_digests, strict=False)
     changed = [source for source, before, now in pairs if before != now]
     name = f"the text of {changed[0]} has" if changed else "data.sources have"
-    raise ValueError(f"{name} changed since {place} was written: restore it, or give another out= for a new run")
+    hint = left_out_by_version_0_2(changed[0]) if changed else ""
+    raise ValueError(f"{name} changed since {place} was written: restore it, or give another out= for a new run{hint}")
 
 
 def weights_of(shape: ModelShape) -> int:

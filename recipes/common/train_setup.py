@@ -45,6 +45,8 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
 
 def context_parallel(runtime: Runtime, state: TrainState, job: TrainJob, kernel: Kernel) -> ContextParallel:
     """Return how ``job``'s ranks share sequences and attend to them, and where activations wait for the backward."""
+    import torch
+
     from longctx.megatron.training.offload import open_offload
     from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import FP8_ROWS
@@ -57,6 +59,7 @@ def context_parallel(runtime: Runtime, state: TrainState, job: TrainJob, kernel:
         kernel,
         STRATEGIES[context.strategy],
         keep_partials=settings.recompute != "none",
+        dtype=getattr(torch, job.target.model.dtype),
         check_schedule=context.check_schedule,
         offload=open_offload(settings.offload, state.net.parameters(), runtime.device),
         row_multiple=FP8_ROWS[job.target.model.fp8],

@@ -71,13 +71,26 @@ def test_forward_and_backward_match_the_oracle(kernel, dtype, tolerance, hq, hk,
         oracle.assert_close(actual, exact, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sq", "sk"), [(1, 67), (31, 53), (2, 32), (3, 33)])
-def test_few_rows_in_half_precision_see_all_blocks_of_keys(sq, sk, monkeypatch):
-    monkeypatch.setattr(flash_cpu_module, "_CONVERTED_ROWS", 16 * B)
-    q, k, v, _ = random_inputs(6, 2, sq, sk, 13, torch.bfloat16)
-    part = flash_cpu.forward(q, k, v, False)
-    for actual, exact in zip((part.out, part.lse), oracle.attention(q, k, v, mask_of(sq, sk, False)), strict=True):
+def test_few_rows_see_all_blocks_of_keys(sq, sk, dtype, monkeypatch):
+    monkeypatch.setattr(flash_cpu_module, "_BLOCK_ROWS", 16 * B)
+    q, k, v, dout = random_inputs(6, 2, sq, sk, 13, dtype)
+    part, mask = flash_cpu.forward(q, k, v, False), mask_of(sq, sk, False)
+    grads = flash_cpu.backward(dout, q, k, v, part.out, part.lse, False)
+    expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
+    for actual, exact in zip((part.out, part.lse, *grads), expected, strict=True):
         assert actual.dtype == torch.float32
+        oracle.assert_close(actual, exact, 2e-6)
+
+
+@pytest.mark.parametrize("hq", [3, 9])
+def test_error_in_float32_does_not_grow_with_the_number_of_keys(hq):
+    q, k, v, dout = (x[:1] for x in random_inputs(hq, 3, 1, 65_537, 16, torch.float32))
+    part, mask = flash_cpu.forward(q, k, v, False), torch.ones(1, 65_537, dtype=torch.bool)
+    grads = flash_cpu.backward(dout, q, k, v, part.out, part.lse, False)
+    expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
+    for actual, exact in zip((part.out, part.lse, *grads), expected, strict=True):
         oracle.assert_close(actual, exact, 2e-6)
 
 

@@ -1,6 +1,7 @@
 """Machines: cores that ranks share, slower links, rounded reductions, and a measured backward."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +38,40 @@ def test_more_ranks_than_cores_take_turns(ranks, turns):
         for part, seconds in shared.parts.items():
             own = part not in ("ring", "merge", "tp", "ulysses", "gradients", "experts")
             assert seconds == pytest.approx(alone.parts[part] * (turns if own else 1), abs=1e-12), part
+
+
+def two_levels(near, far):
+    """Return a machine of nodes of 8 GPUs, with the links ``near`` within a node and ``far`` between nodes."""
+    return replace(MACHINE, levels=[Level("node", 8, near, near), Level("between", 2**20, far, far)])
+
+
+def groups_of(world, ranks, stride):
+    """List the groups of ``ranks`` ranks with numbers ``stride`` apart, among ``world`` ranks."""
+    blocks = range(0, world, ranks * stride)
+    return [range(block + first, block + ranks * stride, stride) for block in blocks for first in range(stride)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 6, 8, 9, 10, 12, 16, 20, 24, 48])
+def test_a_group_has_the_links_of_the_nodes_that_it_lies_in(world):
+    """The slowest group of an axis counts: with 3 GPUs in each, the third of 24 has ranks 6, 7 and 8."""
+    latency = two_levels(Link(0.0, 1e30), Link(1.0, 1e30)).shared_by(Mesh(ring=world))
+    rate = two_levels(Link(0.0, 1e30), Link(0.0, 1e9)).shared_by(Mesh(ring=world))
+    shapes = [(n, m) for n in range(2, world + 1) for m in range(1, world // n + 1) if world % (n * m) == 0]
+    for ranks, stride in shapes:
+        in_nodes = [Counter(rank // 8 for rank in group) for group in groups_of(world, ranks, stride)]
+        nodes, fewest = max(map(len, in_nodes)), min(min(one.values()) for one in in_nodes)
+        assert latency.level(ranks, stride).name == ("node" if nodes == 1 else "between"), (ranks, stride)
+        assert latency.all_reduce_seconds(1e6, ranks, stride) == pytest.approx(2 * (nodes - 1)), (ranks, stride)
+        if nodes > 1 and world % 8 == 0:
+            seconds = 2 * (ranks - 1) / ranks * 1e6 / (1e9 * (fewest if stride == 1 else 1))
+            assert rate.all_reduce_seconds(1e6, ranks, stride) == pytest.approx(seconds), (ranks, stride)
+
+
+def test_a_ring_of_3_on_24_gpus_crosses_nodes():
+    """On 6 GPUs, all ranks are in one node."""
+    machine = two_levels(Link(1e-5, 1e11), Link(1e-3, 1e8))
+    slow, fast = (step_cost(SHAPE, Mesh(ring=3, dp=dp), machine, StepWork(96, dp), "pass_kv", NUMBERS) for dp in (8, 2))
+    assert slow.parts["ring"] > 10 * fast.parts["ring"]
 
 
 def test_links_between_hosts_are_slower_and_never_faster():
@@ -134,6 +169,21 @@ def test_recomputation_exchanges_heads_and_sums_again():
     assert ulysses == [ulysses[0], 1.5 * ulysses[0], 1.5 * ulysses[0]]
     tp = [cost_of(mesh=Mesh(tp=2), work=one).bytes["tp"] for one in work.values()]
     assert tp == pytest.approx([tp[0], 6 / 5 * tp[0], 7 / 5 * tp[0]])
+
+
+def test_tiles_of_an_mlp_are_computed_again_with_messages_for_each():
+    """Counted in a run with tp=2: 7 gathers and scatters of a layer are by tile, 9 with recomputation."""
+    cost_of = partial(step_cost, SHAPE, strategy="pass_kv", numbers=NUMBERS)
+    plain = cost_of(Mesh(tp=2), MACHINE, StepWork(96, 1))
+    for recompute, sums, in_tiles in (("none", 6, 3.5), ("selective", 7, 4.5), ("full", 8, 4.5)):
+        tiled = cost_of(Mesh(tp=2), MACHINE, StepWork(96, 1, recompute=recompute, mlp_rows=10))
+        assert tiled.bytes["tp"] == pytest.approx(sums / 5 * plain.bytes["tp"])
+        # 48 rows of a rank are 5 tiles, so 4 more messages, of two steps, for each of a layer's reductions in tiles.
+        latency = 5 * in_tiles * 4 * 2 * 1e-4
+        assert tiled.parts["tp"] == pytest.approx(sums / 5 * plain.parts["tp"] + latency)
+    none, rows = (cost_of(Mesh(), MACHINE, StepWork(96, 1, mlp_rows=n)).parts["products"] for n in (None, 96))
+    ffn = 5 * 3 * 300 * 720  # weights, read and multiplied once more
+    assert rows - none == pytest.approx(2 * ffn * 96 / 1e10 + ffn * 4 / 1e9)
 
 
 def test_dropped_reductions_are_not_recomputed():

@@ -189,6 +189,16 @@ def test_model_without_an_end_token_is_refused(tokenizer, write):
         training_batches(write(chats(2)), tokenizer)
 
 
+def test_template_with_todays_date_is_refused_until_the_date_is_fixed(write, tokenizer):
+    """A run that resumes on another day would tokenize the same conversations to other tokens."""
+    condition = "{% if strftime_now is defined %}DATE{% endif %}"
+    tokenizer.chat_template = condition.replace("DATE", "{{ strftime_now('%d %b %Y') }}") + TEMPLATE
+    with pytest.raises(ValueError, match=r"today's date .* set a day, for example model.date=2"):
+        training_batches(write(chats(1)), tokenizer, ends=ENDS)
+    tokenizer.chat_template = condition.replace("DATE", "{{ '26 Jul 2024' }}") + TEMPLATE
+    assert take(training_batches(write(chats(1)), tokenizer, ends=ENDS))
+
+
 @pytest.mark.parametrize("length", [83, 97, 331])
 def test_whole_conversations_are_packed_in_order_and_none_is_cut(length, tokenizer, write):
     rows, data = chats(11), write(chats(11), length=length, on_error="skip")

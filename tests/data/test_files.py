@@ -1,13 +1,15 @@
 """Local files: their texts, and faulty records, which are named by line or row or skipped."""
 
+import errno
 import gzip
+import os
 
 import pyarrow as pa
 import pytest
 from pyarrow.parquet import write_table
 
 from longctx.config import TextSource
-from longctx.data.files import paths_of
+from longctx.data.files import left_out_by_version_0_2, paths_of
 from tests.data.texts import assert_resumes, given_texts, pages, read_documents, take, write_source
 
 
@@ -39,6 +41,44 @@ def test_linked_folders_are_read_once(tmp_path):
     assert paths_of(str(data)) == [data / "linked" / "deep" / "far.txt", data / "z" / "own.txt"]
 
 
+def test_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """Its files would be missing from the text.  Hidden folders are not read, and a pattern leaves it out."""
+    for name in ("a", "closed", ".closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("x")
+    scan = os.scandir
+
+    def scandir(folder):  # permissions do not restrict root
+        if str(folder).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/closed cannot be read \(Permission denied\): .* give a pattern"):
+        paths_of(str(tmp_path))
+    assert paths_of(f"{tmp_path}/**/*.txt") == [tmp_path / "a" / "x.txt"]
+
+
+def test_files_that_version_0_2_left_out_are_named_with_the_fix(tmp_path):
+    data, far = tmp_path / "data", tmp_path / "far"
+    for file in (data / "a.txt", far / "deep" / "b.txt"):
+        file.parent.mkdir(parents=True)
+        file.write_text("x")
+    (data / ".hidden").symlink_to(far)
+    source = TextSource(path=str(data))
+    assert left_out_by_version_0_2(source) == "", "hidden folders are never read"
+    (data / "far").symlink_to(far)
+    assert f"left out {data}/far/deep/b.txt: " in left_out_by_version_0_2(source)
+    assert f"move the link {data}/far away" in left_out_by_version_0_2(source)
+    (data / "far").unlink()
+    (data / "A.TXT").write_text("x")
+    assert f"left out {data}/A.TXT: to leave it out, give a pattern such as '{data}/**/*.txt'" in (
+        left_out_by_version_0_2(source)
+    )
+    for other in (TextSource(path=f"{data}/*"), TextSource(pydoc="test")):
+        assert left_out_by_version_0_2(other) == ""
+
+
 @pytest.mark.parametrize("pattern", ["*.txt", "**/*.txt", "[ab].txt"])
 def test_brackets_in_the_folder_of_a_pattern_are_literal(tmp_path, monkeypatch, pattern):
     folder = tmp_path / "br[v1]"
@@ -55,9 +95,10 @@ def test_byte_order_marks_line_ends_and_blank_lines_are_removed(byte_tokenizer, 
     """Byte order marks, line ends of other systems, and blank lines between records."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "four"}\r\n\r\n{"text": "f\xc3\xbcnf"}')
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "six"}')
     items = take(read_documents(TextSource(path=str(tmp_path)), byte_tokenizer))
-    assert given_texts(items, byte_tokenizer) == ["one\ntwo\nthree\n", "four", "fünf"]
-    assert items[-1][0].where.endswith("b.jsonl, line 3")
+    assert given_texts(items, byte_tokenizer) == ["one\ntwo\nthree\n", "four", "fünf", "six"]
+    assert [item[0].where.rpartition("/")[2] for item in items[-2:]] == ["b.jsonl, line 3", "c.jsonl, line 2"]
 
 
 BAD = {

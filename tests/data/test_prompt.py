@@ -141,3 +141,10 @@ def test_question_without_a_chat_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"chat template.*instruct"):
         prompt_tokens(PromptSource(text=DOCUMENT, question="Who?"), tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ tools | length }}"])
+def test_question_that_the_chat_template_refuses(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"refuses the prompt \(T\w+Error: .*\): leave out prompt\.question"):
+        prompt_tokens(PromptSource(text=DOCUMENT, question="Who?"), tokenizer)

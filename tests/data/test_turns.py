@@ -19,6 +19,19 @@ GPT_OSS = (
 )
 # Nothing closes a message, and ordinary text begins each.
 PLAIN = "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + ' ' }}{% endfor %}"
+# With a system text in each conversation: in the manner of Qwen 2.5, Llama 3.1 and GLM-4.
+CHATML = (
+    "{{ '<start>system\nHelp.<end>\n' }}"
+    "{% for m in messages %}{{ '<start>' + m.role + '\n' + m.content + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+LLAMA31 = CHATML.replace("{{ '<start>system", "{{ '<user><start>system").replace("<end>\n", "<end>")
+GLM4_SYSTEM = "{{ '<start>\nHelp.' }}" + GLM4
+# A token begins each message, and nothing closes one.
+BEGUN = (
+    "{{ '<start>system: Help.' }}{% for m in messages %}{{ '<start>' + m.role + ': ' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant: ' }}{% endif %}"
+)
 ENDED = {  # template, end tokens, the answer, and the tokens to append after it
     "space before the end": (LLAMA2, ["<eos>"], "yes<eos>", "[INST] and? [/INST]"),
     "another end": (LLAMA2, ["<eos>", "<end>"], "yes<end>", "[INST] and? [/INST]"),
@@ -27,6 +40,11 @@ ENDED = {  # template, end tokens, the answer, and the tokens to append after it
     "gpt-oss": (GPT_OSS, ["<eos>"], "yes<eos>", "<start>user:and?<end><start>assistant:"),
     "GLM-4": (GLM4, ["<eos>", "<user>"], "yes<user>", "\nand?<assistant>\n"),
     "GLM-4, another end": (GLM4, ["<eos>", "<user>"], "yes<eos>", "<user>\nand?<assistant>\n"),
+    "GLM-4, a system text": (GLM4_SYSTEM, ["<eos>", "<user>"], "yes<eos>", "<user>\nand?<assistant>\n"),
+    "ChatML": (CHATML, ["<end>", "<eos>"], "yes<end>", "\n<start>user\nand?<end>\n<start>assistant\n"),
+    "ChatML, another end": (CHATML, ["<end>", "<eos>"], "yes<eos>", "\n<start>user\nand?<end>\n<start>assistant\n"),
+    "Llama 3.1": (LLAMA31, ["<end>", "<eos>"], "yes<eos>", "<start>user\nand?<end><start>assistant\n"),
+    "nothing closes a message": (BEGUN, ["<eos>"], "yes<eos>", "<start>user: and?<start>assistant: "),
     "a stop token": (PHI3, ["<eos>", "<end>"], "yes.", "<end>\n<user>\nand?<end>\n<assistant>\n"),
     "no end of a turn": (PLAIN, ["<eos>"], "yes<eos>", " ### user: and? "),
 }

@@ -125,8 +125,17 @@ def test_other_files_are_not_waited_for(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(digests, "_sha256", read_both)
+    monkeypatch.setattr(digests, "_LOCKS", 2**64)  # two of 64 may be the same
     sha256_of_files(files[:1], cache)
     assert set(json.loads((cache / "digests.json").read_text())) == {str(file) for file in files}
+
+
+def test_locks_of_many_models_are_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_LOCKS", 3)
+    for number in range(13):
+        (tmp_path / f"{number}").touch()
+        sha256_of_files([tmp_path / f"{number}"], tmp_path / "cache")
+    assert 1 < len([*(tmp_path / "cache").glob("digests-*.lock")]) <= 3
 
 
 def test_a_cache_that_cannot_be_made_is_not_needed(model, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from longctx.hf.checkpoint import tensor_files, tensor_headers
+from longctx.hf.checkpoint import ADAPTED, tensor_files, tensor_headers
 from longctx.hf.config import family_in, shape_of
 from longctx.hf.tensors import refuse_other_tensors, stored_shapes
 from tests.megatron.kinds import KINDS, random_model
@@ -62,6 +62,7 @@ def test_shapes_are_those_of_transformers(tmp_path, kind):
         (lambda tensors: tensors.pop(UP), f"lacks 1 tensors .*{UP}: use a complete checkpoint"),
         (lambda tensors: tensors.update(extra=torch.ones(3)), r"no part of the model takes: \['extra'\]"),
         (lambda tensors: tensors.update({"dropped.x": torch.ones(3)}), r"no part of the model takes"),
+        (lambda tensors: tensors.update({f"dropped.{UP}": tensors[UP].clone()}), r"no part of the model takes"),
         (lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()}), r"shape \(12, 11\).*requires \(11, 12\)"),
         (lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}), f"{UP} is F8_E4M3: use an unquant"),
         (lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}), f"{UP} is I8: use an unquantised"),
@@ -119,6 +120,7 @@ def test_stored_frequencies_are_not_compared_if_the_settings_replace_them(folder
 def test_norms_of_dropped_blocks_may_have_a_copy_for_each_rank(folder):
     name = "dropped.model.layers.1.input_layernorm.weight"
     edit(folder, lambda tensors: tensors.update({name: torch.ones(36), f"dropped.{UP}": tensors[UP].clone()}))
+    (folder / "model.safetensors").rename(folder / ADAPTED)
     check(folder, norm_copies=3)
     with pytest.raises(ValueError, match=r"shape \(36,\)"):
         check(folder)

@@ -26,10 +26,10 @@ def turns(size: int) -> list[Layout]:
     return out
 
 
-@pytest.mark.parametrize("reserve", [0, 13, 101])
+@pytest.mark.parametrize("room", [0, 13, 101])
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (3, 0), (3, 2), (5, 1)])
-def test_layers_return_their_rows_in_append_order(size, rank, reserve):
-    cache = KVCache(size, rank, reserve)
+def test_layers_return_their_rows_in_append_order(size, rank, room):
+    cache = KVCache(size, rank, room)
     appended: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(LAYERS)]
     for turn in turns(size):
         later = turn.after(cache.layout)
@@ -66,30 +66,46 @@ def addresses(cache: KVCache, tokens: int) -> list[int]:
     return out
 
 
-def fill_cache(rows: int, reserve: int) -> tuple[KVCache, int]:
+def fill_cache(rows: int, room: int) -> tuple[KVCache, int]:
     """Return a cache of ``rows`` rows and the memory address of its keys."""
-    cache = KVCache(1, 0, reserve)
+    cache = KVCache(1, 0, room)
     cache.extend(contiguous(rows, 1).after(cache.layout))
     cached, _ = cache.append(0, keys(rows), keys(rows))
     return cache, cached.data_ptr()
 
 
-def test_growth_within_the_reserve_moves_nothing():
-    cache, begin = fill_cache(11, reserve=11 + 7)
+def test_growth_within_the_room_moves_nothing():
+    cache, begin = fill_cache(11, room=11 + 7)
     assert addresses(cache, 7) == [begin] * 7
     assert addresses(cache, 1) != [begin]
 
 
-def test_room_doubles_when_it_is_full():
-    cache, begin = fill_cache(11, reserve=0)
-    moved = addresses(cache, 11 + 1)
-    assert moved[0] != begin
-    assert moved[:11] == [moved[0]] * 11, "22 rows have room"
-    assert moved[11] != moved[0]
+def allocated_rows(cache: KVCache) -> int:
+    """Return the rows of memory that the keys of layer 0 take."""
+    keys_of_layer, _ = cache.layer(0)
+    return keys_of_layer.untyped_storage().nbytes() // (BATCH * HEADS * HEAD_DIM * keys_of_layer.element_size())
 
 
-def test_bytes_exclude_the_reserve():
-    cache, _ = fill_cache(11, reserve=101)
+@pytest.mark.parametrize(("rows", "grown"), [(11, 12 + 64), (1024, 1025 + 128)])
+def test_a_full_cache_grows_by_an_eighth(rows, grown):
+    cache, begin = fill_cache(rows, room=0)
+    moved = addresses(cache, grown - rows)
+    assert moved == [moved[0]] * (grown - rows) and moved[0] != begin
+    assert allocated_rows(cache) == grown
+    assert addresses(cache, 1) != moved[:1]
+
+
+def test_a_cache_grows_once_to_the_room_that_was_asked_for():
+    cache, begin = fill_cache(11, room=0)
+    cache.make_room(37)
+    assert cache.layer(0)[0].data_ptr() == begin, "nothing moves before the next append"
+    moved = addresses(cache, 37)
+    assert moved == [moved[0]] * 37 and moved[0] != begin
+    assert allocated_rows(cache) == 11 + 37
+
+
+def test_bytes_exclude_room_for_more():
+    cache, _ = fill_cache(11, room=101)
     assert cache.bytes == 2 * 11 * BATCH * HEADS * HEAD_DIM * 4
     cache.append(1, keys(11), keys(11))
     assert cache.bytes == 2 * 2 * 11 * BATCH * HEADS * HEAD_DIM * 4
@@ -104,7 +120,7 @@ def test_bfloat16_keeps_its_dtype_and_takes_half_the_bytes():
 
 
 def test_rank_without_rows_caches_nothing_until_it_owns_a_token():
-    cache = KVCache(3, 2, reserve=7)
+    cache = KVCache(3, 2, room=7)
     for turn, rows in ((zigzag(1, 3), 0), (single(3, 1), 0), (single(3, 2), 1)):
         later = turn.after(cache.layout)
         cache.extend(later)
@@ -156,7 +172,7 @@ def test_extending_a_batch_is_linear_in_its_sequences():
 
 
 def test_batch_gives_each_sequence_alone_without_a_copy():
-    caches = [KVCache(2, 1, reserve=29) for _ in range(3)]
+    caches = [KVCache(2, 1, room=29) for _ in range(3)]
     batch = BatchCache(caches, 1)
     lengths = [5, 1, 3]
     later = side_by_side([contiguous(n, 2) for n in lengths])

@@ -208,3 +208,10 @@ def test_long_tmpdir_does_not_break_the_sockets_of_ranks(tmp_path):
     environment = {**os.environ, "TMPDIR": str(long)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert len(done.stdout.strip()) <= launch._LONGEST_TEMP_DIR + len("/pymp-12345678")
+
+
+def test_source_that_ranks_cannot_find_is_refused(tmp_path, monkeypatch):
+    """They would import another copy."""
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "a:b" / "longctx" / "parallel" / "launch.py"))
+    with pytest.raises(ValueError, match=r"longctx is in \S+/a:b: .*: rename the folder"):
+        run_ranks(1, describe_rank, "word")

@@ -3,26 +3,30 @@
 import json
 import os
 import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
 from functools import partial
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from longctx.config import Sampling
+from longctx.config import Context, Mesh, Sampling
 from longctx.data.turns import UserTurn
+from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import tokenizer_of
 from longctx.infer.session_index import write_index
 from longctx.parallel.launch import RankFailed, run_ranks
 from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
-from recipes import chat
+from recipes import chat, reproduce
 from recipes.common import conversation
 from recipes.common.conversation import take_turn, typed_turns
 from recipes.common.lock import hold, lock_beside
+from tests.infer.talk import Save, Say, Segment, play
 from tests.recipes.conftest import SAVED
 
 TURNS = [
@@ -65,6 +69,19 @@ def test_answers_are_the_same_on_every_mesh_and_strategy(cli, tiny, turns, tmp_p
         assert tokens(figures) == tokens(one_rank)
         assert all(turn["bytes_sent"] > 0 for turn in figures)
     assert all(turn["why"] == "as asked" for turn in figures)
+
+
+def test_conversation_with_the_default_settings_is_reproduced(cli, tiny, turns, tmp_path, monkeypatch, capsys):
+    """The second run, in this process here, decodes by the way that ``context.decode=auto`` chose in the first."""
+
+    def run_here(command, *, stdin, **_):
+        assert stdin == subprocess.DEVNULL
+        return SimpleNamespace(returncode=cli(chat, chat.task, *command[3:])[0])
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here, DEVNULL=subprocess.DEVNULL))
+    converse(cli, tiny, tmp_path, f"turns={turns}")
+    reproduce.reproduce([str(tmp_path / "out.json")])
+    assert "context.decode" in (err := capsys.readouterr().err) and "figures that differ" not in err
 
 
 def test_log_probabilities_are_written(cli, tiny, turns, tmp_path):
@@ -231,11 +248,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
     """Folder of a saved session, written without the command line."""
-    from longctx.config import Context, Mesh
-    from longctx.hf.checkpoint import fingerprint
-    from longctx.parallel.launch import run_ranks
-    from tests.infer.talk import Save, Say, Segment, play
-
     folder = tmp_path_factory.mktemp("saved") / "talk"
     steps = (Say({0: [1, 2, 3]}, {0: 2}), Save(folder))
     run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), steps), None)
@@ -265,6 +277,52 @@ def test_unusable_session_is_refused_and_left_unchanged(refused, tiny, saved, tu
     settings = (f"model={tiny}", f"turns={turns}", f"session.load={copy}", f"session.save={copy}")
     assert words in refused(chat, chat.task, *settings)
     assert contents(copy) == before
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_saved_conversation_is_replaced_only_by_its_continuation(
+    refused, config_of, tiny, saved, turns, tmp_path, killed, monkeypatch
+):
+    """A process that is killed while it saves leaves the conversation beside its folder."""
+    folder = tmp_path / "talk"
+    shutil.copytree(saved, tmp_path / "talk.going" if killed else folder)
+    words = (f"model={tiny}", f"turns={turns}", f"session.save={folder}")
+    for load in ([], [f"session.load={saved}"]):
+        line = refused(chat, chat.task, *words, *load)
+        assert f"talk has a conversation, which would be lost: set session.load={folder} to go on with it" in line
+    chat.prepare(config_of("chat", *words, f"session.load={tmp_path}/other/../talk"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    chat.prepare(config_of("chat", *words))
+
+
+def test_session_of_other_sequences_is_refused(refused, tiny, turns, tmp_path):
+    steps = (Say({3: [1, 2, 3]}, {3: 2}), Save(tmp_path / "talk"))
+    run_ranks(1, play, tiny, Segment(Mesh(), Context(), steps), None)
+    index = tmp_path / "talk" / "session.json"
+    write_index(tmp_path / "talk", json.loads(index.read_text()) | {"model": fingerprint(tiny)})
+    line = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.load={tmp_path / 'talk'}")
+    assert "talk has the sequences 3, but a conversation is sequence 0 alone: give a folder that recipes.chat" in line
+
+
+def pipe(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(content), encoding="ascii", errors="surrogateescape"))
+
+
+def test_piped_turns_are_utf8_in_any_locale_and_have_no_byte_order_mark(config_of, tiny, monkeypatch):
+    pipe(monkeypatch, "\ufeffünd?\r\n\n  so \n".encode())
+    assert [turn.text for turn in chat.prepare(config_of("chat", f"model={tiny}")).turns] == ["ünd?", "so"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a\nhello \xff there\n", "line 2 of the piped turns is not UTF-8 text (byte 6 of the line)"),
+        (b" \n", "there are no turns and no terminal"),
+    ],
+)
+def test_unusable_piped_turns_are_refused(refused, tiny, monkeypatch, content, words):
+    pipe(monkeypatch, content)
+    assert words in refused(chat, chat.task, f"model={tiny}")
 
 
 def test_folder_without_a_session_is_not_replaced(refused, tiny, turns, tmp_path, monkeypatch):

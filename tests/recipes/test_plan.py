@@ -18,7 +18,7 @@ from longctx.model_shape import Experts
 from recipes import generate, plan
 from recipes.common.hardware_file import read_machine, refuse_other_rates
 from recipes.common.plan_question import Question, WorkSettings
-from recipes.common.planning import plans_of
+from recipes.common.planning import plans_of, refusal_of
 from recipes.common.spd_report import AllowedDrop, read_allowed_drop
 from tests.cost.predict import ROOT, shape_named
 from tests.megatron.kinds import random_model
@@ -101,10 +101,51 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
         (("hardware=h200", "gpus=8", "allowed_drop=1.5"), "allowed_drop=1.5 is not a share"),
         (("hardware=h200", "gpus=8", "allowed_drop=nothing.json"), "use 0 to 1, or a report.json"),
         (("hardware=h200", "gpus=5", "max_memory_gb=1e-9"), "no mesh of 5 GPUs is feasible"),
+        (("hardware=a100_nvlink", "gpus=256"), "describes the links of 8 GPUs, not of 256: use gpus=8 or fewer"),
+        (("hardware=h200", "gpus=4", "allowed_drop=0.01"), "use allowed_drop=0."),
     ],
 )
 def test_nonsense_is_refused_with_what_to_change(refused, tiny, words, says):
     assert says in refused(plan, plan.task, f"model={tiny}", "model.dtype=bfloat16", *words)
+
+
+def test_activations_that_recomputation_would_save_are_named(refused):
+    words = ("model=llama3_8b", "hardware=h200", "gpus=8", "work=train", "work.context=262144", "work.batch=1")
+    config = "model.max_positions=262144"
+    assert "use work.recompute=full, more GPUs, or other limits" in refused(plan, plan.task, *words, config)
+    message = refused(plan, plan.task, *words, config, "work.recompute=full", "max_memory_gb=1")
+    assert "use more GPUs, or other limits" in message
+
+
+def test_batch_that_ranks_cannot_share_is_refused_with_the_plans_settings():
+    question = Question(shape_named("llama3_8b"), GTT, 24, WorkSettings("train", 65536, batch=8))
+    assert "use work.batch=24, or another mesh.dp" in refusal_of(question, Mesh(dp=24))
+    few = replace(question, work=WorkSettings("prefill", 9))
+    assert refusal_of(few, Mesh(ring=24)).endswith("use at most 9 ranks, or a larger work.context")
+
+
+def test_training_of_a_model_with_dropout_is_refused(cli, refused, tmp_path):
+    model = random_model("untied llama", tmp_path / "model", attention_dropout=0.1)
+    words = (f"model={model}", "hardware=h200", "gpus=2", "model.dtype=bfloat16", "work.context=64")
+    assert "attention_dropout=0.1: longctx trains without dropout" in refused(plan, plan.task, *words, "work=train")
+    assert cli(plan, plan.task, *words)[0] == 0, "dropout has no effect in inference"
+
+
+@pytest.mark.parametrize("work", ["prefill", "train"])
+def test_rates_of_fp8_are_said_to_be_faster(cli, work):
+    for hardware, is_fp8 in (("h100_gti", True), ("h200", False)):
+        words = ("model=llama3_8b", f"hardware={hardware}", "gpus=8", f"work={work}", "work.context=8192")
+        said = " ".join(cli(plan, plan.task, *words)[2].split())
+        assert ("in bfloat16, products take longer than predicted" in said) == is_fp8
+
+
+def test_whole_blocks_drop_and_never_more_than_are_allowed():
+    question = Question(shape_named("llama3_8b"), read_machine("a100_lbw"), 8, WorkSettings("prefill"))
+    for share, blocks in ((0.01, 0), (0.02, 0), (1 / 32, 1), (0.06, 1), (0.25, 8), (0.99, 31), (1.0, 32)):
+        allowed = replace(question, allowed_drop=AllowedDrop(share))
+        assert allowed.numbers(Mesh(tp=8)).spd_share == blocks / 32
+    tenths = replace(question, shape=question.shape.first(30), allowed_drop=AllowedDrop(23 / 30))
+    assert tenths.numbers(Mesh(tp=8)).spd_share == 23 / 30
 
 
 def test_rates_of_16_bit_numbers_are_not_taken_for_float32(refused, tiny):
@@ -143,35 +184,6 @@ def test_experts_are_divided_where_memory_is_short(tmp_path):
         for one in staged
         if one.mesh.ep > 1 == one.mesh.ulysses
     )
-
-
-def test_calibrated_machines_plan_too(tmp_path):
-    link = {"latency_s": 1e-4, "bytes_per_s": 1e9}
-    values = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": link, "exchange": link, "overlap": 0.5}
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match="no field 'layer', which predictions need: measure again"):
-        read_machine(str(tmp_path / "old.yaml"))
-    values["layer"] = {"gemm_flops": 1e10, "weight_bytes_per_s": 1e9, "layer_s": 1e-3, "gather": link}
-    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump(values))
-    machine = read_machine(str(tmp_path / "laptop.yaml"))
-    best = feasible(Question(shape_named("tiny"), machine, 2, WorkSettings("prefill", 4096), dtype_bytes=4))[0]
-    assert best.mesh == Mesh(tp=2) or best.mesh.context == 2
-    assert best.mfu is None and best.error is None and best.question.memory_gb is None
-
-
-def test_error_of_a_calibrated_machine_is_printed_where_it_was_measured(cli, tiny, tmp_path):
-    file, link = tmp_path / "laptop.yaml", {"latency_s": 1e-4, "bytes_per_s": 1e9}
-    values = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": link, "exchange": link, "overlap": 0.5}
-    values["layer"] = {"gemm_flops": 1e10, "weight_bytes_per_s": 1e9, "layer_s": 1e-3, "gather": link}
-    words = (f"model={tiny}", f"hardware={file}", "gpus=2", "work.context=64")
-    file.write_text(yaml.safe_dump(values))
-    _, _, err = cli(plan, plan.task, *words)
-    says = f"python -m recipes.bench times hardware={file} model.dtype=float32 record=true only=[prefill,"
-    assert f"measure it there with {says}" in " ".join(err.split()) and "extrapolated" in err
-    accuracy = {"share": 0.27, "axes": ["ring", "ulysses", "tp"], "ranks": 2, "element_bytes": 4}
-    file.write_text(yaml.safe_dump({**values, "errors": {"prefill": accuracy}}))
-    _, _, err = cli(plan, plan.task, *words)
-    assert "27%" in err and "record=true" not in err and "extrapolated" not in err
 
 
 def test_recipes_take_a_plan_and_the_command_line_wins(tmp_path, config_of):

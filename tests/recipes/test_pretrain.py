@@ -21,6 +21,7 @@ from recipes.common import divergence
 from recipes.common.cli import compose_config
 from recipes.common.overrides import CONFIGS
 from recipes.common.train_report import RunResult, show
+from recipes.common.train_resume import checkpoint_bytes
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
@@ -290,6 +291,16 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     assert f"the weights in {tmp_path}/checkpoints/step-00000001 have diverged: give another out=" in line
     assert (lines(tmp_path)[-1]["step"], lines(tmp_path)[-1]["grad_norm"]) == (2, "nan")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_size_of_a_checkpoint_is_predicted(whole, cli, tmp_path):
+    more = ("model.dtype=bfloat16", "optim.zero1=true", "steps=1", "evaluate.every=0")
+    cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *more)
+    for run, dtype, zero1 in ((whole, "float32", False), (tmp_path, "bfloat16", True)):
+        place = max((run / "checkpoints").iterdir())
+        size = sum(file.stat().st_size for file in place.iterdir())
+        predicted = checkpoint_bytes(shape_of(run / "model"), dtype, zero1=zero1, adapters=False)
+        assert 0.94 < predicted / size < 1, (dtype, predicted, size)
 
 
 def test_full_disk_is_refused(refused, tmp_path, monkeypatch):

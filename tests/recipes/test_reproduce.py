@@ -18,12 +18,12 @@ TURN = {"answer": "So.", "strategy": "pass_q", "why": "auto: 3 ms", "ttft_s": 0.
 def write_run(tmp_path):
     """``write_run(name, out, **files)``: the folder of a run that wrote ``files`` (``report_json`` is report.json)."""
 
-    def write_run(name, out="", session=None, module="recipes.chat", **files):
+    def write_run(name, out="", session=None, module="recipes.chat", turns="turns.jsonl", **files):
         folder = tmp_path / name
         folder.mkdir()
         empty = dict.fromkeys(("processor", "cores", "python", "torch", "commit", "diff"), "")
         inputs = {"data": {}, "packages": {}, "hardware": {}, "overrides": []}
-        place = {"out": str(folder / out), "folder": str(tmp_path), "config": {"session": session}}
+        place = {"out": str(folder / out), "folder": str(tmp_path), "config": {"session": session, "turns": turns}}
         (folder / "manifest.json").write_text(json.dumps({**empty, **inputs, **place, "module": module}))
         for file, text in files.items():
             (folder / file.replace("_", ".")).write_text(text)
@@ -159,3 +159,18 @@ def test_run_without_figures_is_not_run_again(write_run, monkeypatch, files, wor
     with pytest.raises(ValueError, match=r"has no figures") as refusal:
         reproduce.reproduce([write_run("was", module="recipes.pretrain", **files)])
     assert words in str(refusal.value)
+
+
+def test_conversation_whose_turns_were_typed_is_not_run_again(write_run, monkeypatch):
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("it was run"))
+    folder = write_run("was", "turns.json", turns=None, turns_json=json.dumps({"turns": [TURN]}))
+    with pytest.raises(ValueError, match=r"typed or piped in, .* turns=FILE\.jsonl"):
+        reproduce.reproduce([folder])
+
+
+def test_copy_of_the_source_that_python_cannot_find_is_refused(tmp_path, write_run):
+    """Other code would run, and its figures be called the same."""
+    run = Path(write_run("a:b"))
+    (run / "code" / "recipes").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"would run other code than that in \S+/a:b/code: rename the folder"):
+        reproduce.run_again(str(run))

@@ -139,13 +139,30 @@ def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param
     [({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"n": True}, "n"),
      ({"seed": 0.5}, "seed"), ({"temperature": True}, "temperature"), ({"top_p": "0.5"}, "top_p"),
      ({"temperature": float("nan")}, "temperature"),
-     ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt")],
+     ({"prompt": [-1]}, "prompt.tokens.0: Input should be greater than or equal to 0"),
+     ({"prompt": [[1], [2, -1]]}, "prompt.token_lists.1.1: "), ({"prompt": {"a": 1}}, "prompt.text: "),
+     ({"prompt": [1, -1, -1, "a"]}, "prompt.tokens.1: "), ({"prompt": ["a", 1, 1]}, "prompt.texts.1: "),
+     ({"prompt": [[1]] * 10_001}, "prompt.token_lists: List should have at most 10000 items"),
+     ({"stop": ["a", 1, 1]}, "stop.list.1: "), ({"stop_token_ids": ["a", "b"]}, "stop_token_ids.0: "),
+     ({"stop_token_ids": [5] * 1025}, "stop_token_ids: List should have at most 1024 items"),
+     ({"messages": [1, 1]}, "messages.0: "),
+     ({"messages": [{"role": "user", "content": [1, 1]}]}, "messages.0.content.list.0: ")],
 )  # fmt: skip
 def test_values_of_another_type_are_named(fields, place):
+    """There is one error, even if a list has a million wrong items."""
     with pytest.raises(ValidationError) as invalid:
-        CompletionBody.model_validate({"model": "tiny", "prompt": "a", **fields})
+        (ChatBody if "messages" in fields else CompletionBody).model_validate(
+            {"model": "tiny", "prompt": "a", **fields}
+        )
     message, param = describe_invalid(invalid.value.errors())
-    assert param == place and message.startswith(place)
+    assert param == next(iter(fields)) and message.startswith(place) and len(invalid.value.errors()) == 1
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_too_many_answers_are_refused_before_prompts_are_tokenized(reader, ask):
+    fields = {"prompt": ["a"] * 3} if ask is completion else {}
+    with pytest.raises(RequestRefused, match=r"are 6 answers: use 1 to 5"):
+        ask(replace(reader, tokenizer=None), n=2 if fields else 6, **fields)
 
 
 def test_conversation_that_the_template_makes_empty_is_refused(reader):

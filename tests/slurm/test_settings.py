@@ -33,3 +33,17 @@ def test_run_with_a_folder_is_the_old_name_of_folder(value, capsys):
 )
 def test_seconds_of_slurm_s_notation(time, seconds):
     assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("typed", "container"),
+    [
+        ("'/opt/my apps/apptainer' exec '/img/my image.sif'", "'/opt/my apps/apptainer' exec '/img/my image.sif'"),
+        ('"/opt/a b" exec "/img/c, d"', '"/opt/a b" exec "/img/c, d"'),
+        ("'apptainer exec image.sif'", "apptainer exec image.sif"),
+        ("env A=1", "env A=1"),
+    ],
+)
+def test_container_may_have_quoted_words(typed, container):
+    """Quotes around the whole value are Hydra's; others are the shell's."""
+    assert read_settings(["recipe=generate", f"launcher.container={typed}"])[1].container == container

@@ -68,6 +68,11 @@ def test_line_break_in_an_option_of_sbatch_is_refused(refused, key):
     assert f"{key}=" in (line := refused(*TINY, f"{key}=a\necho b")) and "has a line break" in line
 
 
+def test_folder_that_python_cannot_search_is_refused(refused):
+    """The job would run the installed code, not its copy."""
+    assert "run: 1: Python reads : as the end of a folder's name" in refused(*TINY, "folder=run: 1")
+
+
 def test_sweep_is_an_array_with_an_out_for_each_run(script, tmp_path):
     shown = script(*TINY, "optim.lr=1e-3,3e-4", "seed=0,1", "folder=run", "parallel=2")
     assert "#SBATCH --array=0-3%2\n" in shown and f"#SBATCH --output={tmp_path}/run/%a/job.log\n" in shown

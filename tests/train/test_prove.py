@@ -44,6 +44,19 @@ def short_of_a_row(q, k, v, ring, kernel):
     return pass_kv(q, k[:, skipped:], v[:, skipped:], ring, kernel)
 
 
+def in_float32(q, k, v, ring, kernel):
+    """Send one rank's keys and values in the dtype of sums, which only half precision shows."""
+    dtype = torch.float32 if ring.comm.rank == 1 else k.dtype
+    return pass_kv(q, k.to(dtype), v.to(dtype), ring, kernel)
+
+
+def test_messages_are_proved_in_the_dtype_of_the_model():
+    parallelism = ContextParallel(23, "zigzag", reference, in_float32, check_schedule=True)
+    assert micro_batches(batch(), runtime_of(Mesh(ring=3)), SHAPE, parallelism)
+    with pytest.raises(ScheduleError, match=r"\(bfloat16\) .* \(float32\)"):
+        micro_batches(batch(), runtime_of(Mesh(ring=3)), SHAPE, replace(parallelism, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_faulty_strategy_is_found_before_the_step(mesh):
     parallelism = ContextParallel(23, "zigzag", reference, short_of_a_row, check_schedule=True)

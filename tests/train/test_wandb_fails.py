@@ -69,3 +69,14 @@ def test_mode_of_the_environment_is_respected(tmp_path, monkeypatch, fresh_wandb
     tracker.log(figures(0), 0)
     tracker.finish()
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == (mode == "offline")
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [({}, (30.0, 45.0)), ({"INIT": "90", "FINISH": "300"}, (90.0, 300.0))])
+def test_longest_waits_of_the_environment_are_respected(tmp_path, monkeypatch, fresh_wandb, seconds, waits):
+    """W&B's own default of the first is 90 seconds."""
+    for name, value in seconds.items():
+        monkeypatch.setenv(f"WANDB_{name}_TIMEOUT", value)
+    tracker, *_ = start(tmp_path, WANDB)
+    settings = tracker._trackers["wandb"]._run.settings
+    assert (settings.init_timeout, settings.finish_timeout) == waits
+    tracker.finish()

@@ -1,13 +1,15 @@
 """Training steps with megatron-core: micro-batches through the pipeline, sums of losses, the update."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import GlobalMemoryBuffer
@@ -41,6 +43,22 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of a pass, each made by a call of one of ``makers``.
+
+    `forward_backward` makes one when the pipeline takes it, so that only those in the pipeline are in memory.
+    """
+
+    makers: Sequence[Callable[[], MicroBatch]]
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (make() for make in self.makers)
+
+
+@dataclass(frozen=True)
 class LossSums:
     """Sums of losses (nats) and numbers of counted tokens, over all ranks and micro-batches.
 
@@ -62,7 +80,7 @@ class LossSums:
 
 
 def forward_backward(
-    train_state: TrainState, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1
+    train_state: TrainState, batches: MicroBatches, *, learn: bool = True, buckets: int = 1
 ) -> LossSums:
     """Run the micro-batches ``batches``, equally many on every rank, and return their loss sums.
 
@@ -70,12 +88,13 @@ def forward_backward(
     router loss, if there is one; call `clear_gradients` before.  Otherwise run forward only.  Losses are summed
     separately for each of ``buckets`` ranges of positions (see `MicroBatch`).
     """
-    batches = list(batches)
-    run = get_forward_backward_func()
-    rows, config = batches[0].tokens.shape[1], train_state.net.config
+    run, later = get_forward_backward_func(), iter(batches)
+    first = [next(later)]
+    rows, device = first[0].tokens.shape[1], first[0].mask.device
+    config = train_state.net.config
     reports = run(
         forward_step_func=partial(_forward_step, train_state, buckets),
-        data_iterator=iter(batches),
+        data_iterator=chain(_emptied(first), later),
         model=train_state.model,
         num_microbatches=len(batches),
         seq_length=rows * config.context_parallel_size,  # determines the shape of tensors sent between stages
@@ -84,10 +103,16 @@ def forward_backward(
     )
     # Only the last stage has reports; the others contribute zeros to the sums.
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, buckets, dtype=torch.float64)
-    sums = sums.to(batches[0].mask.device)
+    sums = sums.to(device)
     dist.all_reduce(sums, group=train_state.groups.dp_cp)
     dist.all_reduce(sums, group=train_state.groups.pp)
     return LossSums(tuple(sums[0].tolist()), tuple(int(n) for n in sums[1]))
+
+
+def _emptied(batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yield the first of ``batches`` until there is none, without a reference to those that were yielded."""
+    while batches:
+        yield batches.pop(0)
 
 
 def _forward_step(
@@ -164,6 +189,11 @@ def clear_gradients(train_state: TrainState) -> None:
     """Set all gradients to zero.  Call it before the first micro-batch of a step."""
     train_state.model.zero_grad_buffer()
     train_state.optimizer.zero_grad()
+
+
+def gather_buffers() -> list[Tensor]:
+    """Return megatron-core's buffers of rows gathered from tensor-parallel ranks, which it never frees."""
+    return list(get_global_memory_buffer().buffer.values())
 
 
 # For a `MemoryMeter`: what an update allocates, and megatron-core's buffer of rows gathered from tensor-parallel ranks.

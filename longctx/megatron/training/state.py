@@ -87,6 +87,7 @@ def build_train_state(
         pipeline_model_parallel_size=runtime.mesh.pp,
         pipeline_dtype=dtype,
         batch_p2p_sync=False,
+        deallocate_pipeline_outputs=True,  # a stage's output is not needed after it is sent
         sequence_parallel=runtime.mesh.sequence_parallel,
         # Gradients are summed over all ranks and divided by the total number of tokens at the end, so that the
         # token-weighted loss is the same on every mesh.

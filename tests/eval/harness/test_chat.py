@@ -59,9 +59,28 @@ def test_template_that_refuses_system_messages_gets_none() -> None:
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
     user = {"role": "user", "content": "hi"}
     assert render_chat(tokenizer, [{"role": "system", "content": "x"}, user]) == "<s>[user] hi\n[assistant] "
-    tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(ValueError, match=r"refuses the task's messages \(never\): use eval.chat=false"):
-        render_chat(tokenizer, [user])
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [("{{ raise_exception('never') }}", "TemplateError: never"), ("{{ tools | length }}", "TypeError: .*")],
+)
+def test_template_that_refuses_the_question_is_named(
+    template: str, error: str, chatty: Path, prepared: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(template)
+    words = [f"model.source={chatty}", f"model.chat_template={tmp_path / 't.jinja'}", "eval.chat=true"]
+    refusal = rf"refuses the task's messages \({error}\), which eval.chat=false does not need: leave arc_easy out"
+    with pytest.raises(ValueError, match=refusal):
+        prepared(*words, "eval.tasks=[arc_easy]", "eval.limit=1")
+
+
+def test_template_with_todays_date_is_refused(chatty: Path, prepared: Any, tmp_path: Path) -> None:
+    """Its prompts, and so the keys of stored answers, would be others on the next day."""
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + TEMPLATE)
+    words = [f"model.source={chatty}", f"model.chat_template={tmp_path / 't.jinja'}", "eval.chat=true"]
+    with pytest.raises(ValueError, match=r"today's date .* set a day, for example model.date=2"):
+        prepared(*words)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from lm_eval.tasks.ruler import common_utils
 
 from eval.harness.generated import depth_of, make_generated_tasks
-from eval.harness.ruler import _NEEDLES, QUESTIONS, RULER, make_ruler_examples, score_answer
+from eval.harness.ruler import _NEEDLES, QUESTIONS, RULER, make_ruler_examples, make_ruler_tasks, score_answer
 from eval.harness.ruler_fillers import RulerSource, niah
 from eval.harness.tasks import build_requests, collect_outcomes
 from longctx.hf.scratch import bytes_tokenizer
@@ -162,6 +162,7 @@ def test_prompt_is_joined_as_lm_eval_joins_it_and_fits(source):
                 assert context == f"{instance.doc['input']}{RULER[kind].delimiter}{instance.doc['gen_prefix']}"
             instance.resps = [" ".join(instance.doc["outputs"][1:])] if kind in RULER else ["?"]
         outcomes = collect_outcomes(name, task)
+        assert outcomes.length == int(length)
         assert (outcomes.available is None) == (kind not in QUESTIONS), "the sets of questions end"
         assert len(outcomes.depths) == (counts[kind] if kind == "needle" else 0)
         assert set(outcomes.values) == {{"niah_multiquery": 0.75, "ruler_cwe": 0.9}.get(kind, 0.0)}
@@ -196,6 +197,7 @@ def test_question_keeps_its_document_whatever_the_length(source):
         (None, "dev-v2.0.json does not exist"),
         ("{}", "not in the data set's own format"),
         ("{", "data set's own format"),
+        ('{"data": []}', "dev-v2.0.json has no questions: give the file as it was published"),
     ],
 )
 def test_wrong_file_of_questions_is_refused(content, words, tmp_path):
@@ -204,6 +206,15 @@ def test_wrong_file_of_questions_is_refused(content, words, tmp_path):
         (tmp_path / "squad" / "dev-v2.0.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         make_ruler_examples("ruler_qa_squad", RulerSource(WORDS, tmp_path, tokenizer, LENGTH), 1, 0)
+
+
+def test_more_lengths_than_questions_are_refused(source):
+    """No eval.limit is small enough."""
+    few = RulerSource(WORDS, source.data.parent / "few", tokenizer, LENGTH)
+    (few.data / "hotpotqa").mkdir(parents=True)
+    (few.data / "hotpotqa" / "hotpot_dev_distractor_v1.json").write_text(json.dumps(HOTPOT[:2]))
+    with pytest.raises(ValueError, match=r"ruler_qa_hotpot has 2 questions for 3 lengths: use at most 2 eval\.lengths"):
+        make_ruler_tasks({"ruler_qa_hotpot": 1}, [1501, 1502, LENGTH], few, 0)
 
 
 def test_lengths_ask_different_questions(source):

@@ -23,6 +23,11 @@ def outcomes(correct: int, n: int = 200, chance: float = 0.25, available: int | 
     return Outcomes("t", values, chance, others={"acc_norm": 0.5}, margins=margins, available=available)
 
 
+def generated(task: str, length: int, correct: int, n: int = 100, available: int | None = None) -> dict[str, Outcomes]:
+    """Return the outcomes of ``task`` at ``length``, by name."""
+    return {f"{task}_{length}": replace(outcomes(correct, n, 0.0, available), length=length)}
+
+
 def scored(
     name: str, dropped: float, good: int, near: int, nats: float = -3.0, repaired: bool = False
 ) -> ScoredVariant:
@@ -194,8 +199,7 @@ def test_report_is_tracked(tmp_path):
 
 def test_variants_are_shown_on_the_same_examples(tmp_path):
     """A variant that was decided early answered 50 of 200 examples as the baseline did; the others are harder."""
-    names = ("needle_509", "needle_1024")
-    base = {name: outcomes(100, 200, 0.0, None) for name in names}
+    base = generated("needle", 509, 100, 200) | generated("needle", 1024, 100, 200)
     early = {name: one.first(50) for name, one in base.items()}
     variant = replace(VARIANTS[1], outcomes=early)
     report = make_report([replace(VARIANTS[0], outcomes=base), variant], replace(RULES, gate=()), ORIGIN)
@@ -205,13 +209,15 @@ def test_variants_are_shown_on_the_same_examples(tmp_path):
 
 
 def test_scores_by_length_and_the_effective_length(tmp_path):
-    """A length is effective only if all shorter ones are; tasks that are not generated do not count."""
-    right = {"needle_1024": 96, "ruler_vt_1024": 80, "needle_509": 90, "ruler_vt_509": 90, "needle_4096": 90}
-    right |= {"ruler_vt_4096": 70, "needle_8192": 90, "ruler_vt_8192": 90}
-    generated = {name: outcomes(count, 100, 0.0, None) for name, count in right.items()}
-    others = {"good": outcomes(3), "other_64": outcomes(5, 100, 0.0, 100)}
-    poor = {name: outcomes(80, 100, 0.0, None) for name in right}
-    base = replace(VARIANTS[0], outcomes=generated | others)
+    """A length is effective only if all shorter ones are; tasks that are not generated do not count.
+
+    RULER's task of questions has a set that ends, and counts.
+    """
+    right, poor, others = {}, {}, {"good": outcomes(3), "other_64": outcomes(5, 100, 0.0, 100)}
+    for length, needles, questions in ((1024, 96, 80), (509, 90, 90), (4096, 90, 70), (8192, 90, 90)):
+        right |= generated("needle", length, needles) | generated("ruler_qa_squad", length, questions, available=250)
+        poor |= generated("needle", length, 80) | generated("ruler_qa_squad", length, 80, available=250)
+    base = replace(VARIANTS[0], outcomes=right | others)
     half, rules = replace(VARIANTS[1], outcomes=poor | others), replace(RULES, gate=())
     report = write(make_report([base, half], rules, ORIGIN), tmp_path)
     assert report.lengths["baseline"].scores == pytest.approx({509: 0.9, 1024: 0.88, 4096: 0.8, 8192: 0.9})
@@ -223,9 +229,16 @@ def test_scores_by_length_and_the_effective_length(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["lengths"]["half"]["effective"] is None
 
 
-@pytest.mark.parametrize("names", [["needle_509"], ["needle_509", "needle_1024", "ruler_vt_1024"], ["good", "text"]])
-def test_scores_by_length_need_the_same_tasks_at_several_lengths(names):
-    tasks = {name: outcomes(9, 100, 0.0, None) for name in names}
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        generated("needle", 509, 9),
+        generated("needle", 509, 9) | generated("needle", 1024, 9) | generated("ruler_vt", 1024, 9),
+        {"good": outcomes(9), "other_64": outcomes(9, available=None)},
+    ],
+    ids=["one length", "other tasks", "not generated"],
+)
+def test_scores_by_length_need_the_same_tasks_at_several_lengths(tasks):
     assert not make_report([replace(VARIANTS[0], outcomes=tasks)], replace(RULES, gate=()), ORIGIN).lengths
 
 

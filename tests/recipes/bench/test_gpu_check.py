@@ -75,14 +75,15 @@ def test_part_that_fails_or_takes_too_long_does_not_end_the_others(job, tmp_path
 
 def test_each_row_has_its_own_peak_of_memory(job, monkeypatch):
     """A stand-in for a GPU, on which each turn needs as many bytes as it has tokens."""
-    peak = [9_000]  # bytes of an earlier part
+    peak, turns = [9_000], []  # bytes of an earlier part; tokens of each turn
 
     class Session:
         def __init__(self, *_):
             pass
 
         def turn(self, prompts, _):
-            peak[0] = max(peak[0], len(prompts[0]))
+            turns.append(len(prompts[0]))
+            peak[0] = max(peak[0], turns[-1])
             return SimpleNamespace(ttft_s=1.0, ttit_s=1.0)
 
     monkeypatch.setattr("longctx.infer.session.Session", Session)
@@ -92,6 +93,7 @@ def test_each_row_has_its_own_peak_of_memory(job, monkeypatch):
     job = replace(job, settings=replace(job.settings, prefill=(61, 41)))
     table_rows = gpu_model_parts.time_model(job, SimpleNamespace(device=torch.device("cuda")))
     assert [row["peak_bytes"] for row in table_rows] == [61, 41]
+    assert turns == [41, 61, 41], "the first turn warms up"
 
 
 def test_tiles_of_a_ring_are_exact():

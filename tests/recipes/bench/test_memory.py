@@ -20,6 +20,20 @@ def test_prediction_is_close_to_the_measured_bytes(cli, tmp_path):
         assert abs(of_sum) <= 0.05 and abs(of_part) <= 0.1, run
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "glm4", "gemma3_text"])
+@pytest.mark.parametrize(("ffn", "tp"), [(32, 1), (512, 1), (512, 2)])
+def test_prediction_for_norms_of_outputs_and_of_queries_and_keys(cli, tmp_path, model_type, ffn, tp):
+    """With a small FFN, the peak is in attention; with a large one, at the output of the feed-forward network."""
+    file, fields = tmp_path / "memory.json", (f"model_type={model_type}", f"intermediate_size={ffn}")
+    words = ("model=tiny", *(f"++model.config.{one}" for one in fields), "data.length=1024")
+    runs = f"runs=[{{work:prefill,tp:{tp}}}]"
+    code, _, err = cli(memory, memory.task, *words, runs, f"json={file}", f"out={tmp_path / 'run'}")
+    assert code == 0, err
+    for run in json.loads(file.read_text())["runs"]:
+        of_sum, of_part = errors(run)
+        assert abs(of_sum) <= 0.02 and abs(of_part) <= 0.05, run
+
+
 @pytest.mark.parametrize("chosen", [2, 3])
 def test_prediction_for_a_mixture_of_experts(cli, tmp_path, chosen):
     file = tmp_path / "memory.json"
@@ -76,6 +90,7 @@ def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
             ["runs=[{work:decode,ring:2,strategy:pass_q}]"],
             "strategy=pass_q is of prefill: with work=decode, set context.d",
         ),
+        (["runs=[{work:prefill,ep:2}]"], "work=prefill has no dp, pp, ep, sequences, zero1, recompute"),
         (["context.layout=striped"], "context.layout=striped: recipes.bench memory measures zigzag only"),
         (
             ["++model.config.model_type=mixtral", "++model.config.num_local_experts=4"],

@@ -72,6 +72,43 @@ def test_request_that_fails_is_no_equal_answer():
     assert (other.count_equal(alone), other.other_than(alone)) == (0, {1: 1})
 
 
+def test_failed_requests_are_shown_and_are_not_served(cli, tiny, tmp_path, monkeypatch):
+    """One of four requests is answered, in a second; alone, all four were, in 8 seconds."""
+    alone = LoadFigures(serve.ALONE, 8.0, answers={number: [1] for number in range(4)})
+    other = LoadFigures("sharing", 1.0, answers={2: [1]}, failures=["no room"] * 3)
+    monkeypatch.setattr(serve, "on_ranks", lambda *_: [alone, other])
+    words = (f"model={tiny}", "requests=4", "max_length=71", "variants=[sharing]", f"out={tmp_path}/serve.json")
+    code, out, err = cli(serve, serve.task, *words)
+    assert code == 1 and "sharing: 3 of 4 requests failed: no room" in out + err
+    _, row = json.loads((tmp_path / "serve.json").read_text())["rows"]
+    assert (row["requests_per_s"], row["speedup"], row["equal_answers"]) == (1, 2, 1)
+    alone.answers.clear()
+    assert cli(serve, serve.task, *words)[0] == 1
+    assert json.loads((tmp_path / "serve.json").read_text())["rows"][1]["speedup"] is None
+
+
+def list_loads(rank: Rank, job: serve.ServeBenchJob) -> list[tuple[str, int]]:
+    """Return the variant and the number of requests of each load that a rank of the benchmark runs."""
+    loads, run_variant = [], serve.run_variant
+
+    def run(new_session, runtime, job, variant, load, done):
+        loads.append((variant, len(load)))
+        return run_variant(new_session, runtime, job, variant, load, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "run_variant", run)
+        figures = serve.run_rank(rank, job)
+    assert [one.variant for one in figures] == [serve.ALONE, "sharing"]
+    return loads
+
+
+def test_a_request_that_warms_up_has_no_figures(config_of, tiny):
+    words = ("requests=3", "min_length=3", "max_length=31", "new_tokens=2", "variants=[sharing]", "run.threads=1")
+    job = serve.prepare(config_of("bench/serve", f"model={tiny}", *words))
+    loads, _ = run_ranks(2, list_loads, job)
+    assert loads[:3] == [(serve.ALONE, 1), (serve.ALONE, 3), ("sharing", 3)]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -1,5 +1,6 @@
 """The command line becomes typed settings; each kind of failure becomes one line and an exit code."""
 
+import errno
 import json
 import logging
 import os
@@ -148,6 +149,13 @@ def raising(error):
     return task
 
 
+# Errors after which another try may succeed.
+SHORTAGES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH),
+)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "printed"),
     [
@@ -156,7 +164,8 @@ def raising(error):
         (RankFailed(3, 5, "was killed by SIGKILL", ""), 1, "error: rank 3 of 5 was killed by SIGKILL; the other"),
         (KeyboardInterrupt(), 130, "interrupted; all ranks have ended\n"),
         (FileNotFoundError(2, "No such file or directory", "a[0]"), 2, "error: a[0]: No such file or directory\n"),
-        (OSError(28, "No space left on device", "run/x"), 1, "error: run/x: No space left on device\n"),
+        (PermissionError(errno.EACCES, "no", "a"), 2, "error: a: no\n"),
+        *((OSError(number, "no", "run/x"), 1, "error: run/x: no\n") for number in SHORTAGES),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

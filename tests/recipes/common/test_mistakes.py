@@ -37,12 +37,20 @@ def test_other_text_that_needs_quotes_is_refused_with_the_form(word):
     assert f"{word} cannot be read: quote the text" in refusal(word)
 
 
+_NO_FIELD, _ANOTHER = "the model's file has no model.config", "another field of config.json, write +model.config"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("mesh.rong=2", "there is no setting mesh.rong: did you mean mesh.ring?"),
         ("data.source=[]", "there is no setting data.source: did you mean data.sources?"),
         ("ring=2", "there is no setting ring: did you mean mesh.ring?"),
+        ("model.config.rms_norm_eps=1", f"{_NO_FIELD}.rms_norm_eps: for {_ANOTHER}.rms_norm_eps=VALUE"),
+        (
+            "model.config.hiden_size=8",
+            f"{_NO_FIELD}.hiden_size: did you mean model.config.hidden_size? For {_ANOTHER}.hiden_size=VALUE",
+        ),
         ("mesh.qqqq=2", "there is no setting mesh.qqqq: --help lists the settings"),
         ("nonsense=2", "there is no setting nonsense: --help lists the settings"),
         ("mesh.ring", "mesh.ring is not a setting: write KEY=VALUE, such as mesh.ring=2"),

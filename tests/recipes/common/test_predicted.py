@@ -7,8 +7,9 @@ import pytest
 from longctx.config import Context, Mesh, Reduce
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.spd.plan import SPDPlan
-from recipes.common.hardware_file import read_machine, read_rates
+from recipes.common.hardware_file import read_machine, read_rates, refuse_more_ranks
 from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
+from recipes.common.train_report import predict_step
 from tests.cost.predict import shape_named
 
 MACHINE, SHAPE = read_machine("h200"), shape_named("llama3_8b")
@@ -57,12 +58,33 @@ def test_words_beside_a_measured_figure():
     [
         ({"context": Context(chunk=64)}, r"context.chunk=64\) is not modelled; use hardware=null"),
         ({"reduce": Reduce("int8", "int8")}, "rounded reductions .* are not modelled"),
+        ({"context": Context(layout="contiguous")}, "context.layout=contiguous are not modelled; use hardware=null"),
     ],
 )
 def test_runs_without_a_model_are_refused(changes, words):
     refuse_unpredicted(target())
     with pytest.raises(ValueError, match=words):
         refuse_unpredicted(target(**changes))
+
+
+def test_layouts_without_a_ring_are_predicted_and_steps_of_others_are_not():
+    contiguous = Context(strategy="pass_kv", layout="contiguous")
+    refuse_unpredicted(target(context=contiguous, mesh=Mesh(tp=2, ulysses=4)))
+    for mesh, context, known in ((Mesh(ring=2), contiguous, False), (Mesh(ring=2), Context("pass_kv"), True),
+                                 (Mesh(ulysses=2), contiguous, True)):  # fmt: skip
+        settings = SimpleNamespace(recompute="none", loss_rows=512, mlp_rows=None, offload=None)
+        run = SimpleNamespace(device="cpu")
+        job = SimpleNamespace(target=target(mesh=mesh, context=context, run=run), settings=settings, machine=MACHINE,
+                              data=SimpleNamespace(length=64, batch=2), optim=SimpleNamespace(zero1=False))  # fmt: skip
+        assert (predict_step(job, ()) is not None) == known
+
+
+def test_more_ranks_than_a_machine_has_links_for_are_refused():
+    node = read_machine("a100_lbw")
+    refuse_more_ranks("a100_lbw", node, 8, "hardware=null")
+    refuse_more_ranks("h200", MACHINE, 4096, "hardware=null")
+    with pytest.raises(ValueError, match="hardware=a100_lbw describes the links of 8 GPUs, not of 9: use hardware=nul"):
+        refuse_more_ranks("a100_lbw", node, 9, "hardware=null")
 
 
 def test_rates_for_mfu_are_read_from_old_files_and_from_machines(tmp_path):

@@ -1,10 +1,13 @@
-"""Package versions of a run are those that Python imports, whatever else is on its path."""
+"""Provenance of a run: the packages that Python imports; the source, with or without git, whatever its bytes."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-from recipes.common.provenance import cores, package_versions
+import pytest
+
+from recipes.common.provenance import commit_of, cores, diff_of, package_versions
 
 
 def add_package(folder: Path, name: str, version: str) -> None:
@@ -31,3 +34,27 @@ def test_all_cores_count_where_no_process_is_restricted(monkeypatch):
     assert cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert cores() == os.cpu_count()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git checkout with the committed file README."""
+    (tmp_path / "README").write_text("a\n")
+    for words in ("init -q", "add README", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
+    return tmp_path
+
+
+def test_changed_file_that_is_not_utf8_is_part_of_the_source(checkout):
+    clean = commit_of(checkout)
+    commits = []
+    for content in (b"\xe9\n", b"\xe8\n"):
+        (checkout / "README").write_bytes(content)
+        commits.append(commit_of(checkout))
+    assert "+\\xe8\n" in diff_of(checkout)
+    assert len(set(commits)) == 2 and all(commit.startswith(f"{clean}-dirty-") for commit in commits)
+
+
+def test_checkout_on_a_machine_without_git_has_no_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", str(checkout))
+    assert commit_of(checkout) == "a checkout without git" and diff_of(checkout) == ""

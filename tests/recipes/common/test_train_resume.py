@@ -47,6 +47,28 @@ def test_other_text_of_the_same_name_and_size_is_refused(run, refused, config_of
     assert "restore it, or give another out=" in line
 
 
+def test_linked_text_that_version_0_2_left_out_is_named_with_the_fix(run, refused, config_of):
+    """Nothing has changed: restoring the text is no way out."""
+    (run / "data").mkdir()
+    (run / "far").mkdir()
+    (run / "inputs" / "train.txt").rename(run / "data" / "train.txt")
+    (run / "far" / "b.txt").write_text("more")
+    (run / "data" / "linked").symlink_to(run / "far")
+    words = (*WORDS, "data.sources=[{path:data}]")
+    line = refused(pretrain, pretrain.task, *words)
+    assert "version 0.2 left out data/linked/b.txt: " in line and "move the link data/linked away" in line
+    (run / "data" / "linked").unlink()
+    pretrain.prepare(config_of("pretrain", *words))
+
+
+@pytest.mark.parametrize("content", ["", "\xff"])
+def test_damaged_configuration_of_a_run_is_named_with_the_fix(run, refused, content):
+    (run / "train_ring" / "model" / "config.json").write_bytes(content.encode("latin-1"))
+    line = refused(pretrain, pretrain.task, *WORDS)
+    assert "train_ring/model/config.json is damaged" in line
+    assert "restore the model's file, or give another out=" in line
+
+
 def test_moved_text_is_the_same(run, config_of):
     (run / "inputs" / "train.txt").rename(run / "train.txt")
     pretrain.prepare(config_of("pretrain", *WORDS, "data.sources=[{path:train.txt}]"))

@@ -1,0 +1,44 @@
+"""Advice to export the training run to which a folder belongs."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from longctx.hf.checkpoint import export_advice
+from recipes import export
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, with a space in its name and a checkpoint."""
+    checkpoint = tmp_path / "a run" / "checkpoints" / "step-00000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").touch()
+    return tmp_path / "a run"
+
+
+def test_command_is_quoted_for_a_shell(run):
+    advice = export_advice(run)
+    command = advice.partition("export that with ")[2].partition(", then give ")[0]
+    assert shlex.split(command) == ["python", "-m", "recipes.export", f"checkpoint={run}", f"to={run}/hf"]
+    assert shlex.split(advice.partition(", then give ")[2]) == [f"model={run}/hf"]
+
+
+def test_run_that_was_exported_before_names_the_export(run):
+    """The command would be refused: its folder exists."""
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").touch()
+    for folder in (run, run / "checkpoints", run / "checkpoints" / "step-00000020"):
+        advice = export_advice(folder)
+        assert f"give 'model={run}/hf', or export it again" in advice and "recipes.export" not in advice
+
+
+def test_checkpoint_at_the_top_of_a_file_system_has_no_run(monkeypatch):
+    """For example, a checkpoint that is mounted in a container."""
+    assert export.model_of(Path("/a_checkpoint")) == Path("/model")
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "run.json")
+    for folder in ("/a_checkpoint", "/"):
+        assert f"checkpoint={folder} to=/hf" in export_advice(Path(folder))
+    with pytest.raises(ValueError, match=r"/model has no config.json: copy both, to RUN/checkpoints/a_checkpoint"):
+        export.refuse_unexportable(Path("/a_checkpoint"), Path("/hf"))
