@@ -147,8 +147,8 @@ def refuse_saved_conversation(session: SessionPaths) -> None:
     save, load = (absolute(folder) if folder else None for folder in (session.save, session.load))
     if save and save != load and (whole_session(save) / INDEX).exists() and not is_requeued():
         raise ValueError(
-            f"session.save={session.save} has a conversation, which would be lost: set session.load={session.save} to "
-            "go on with it, or give another folder"
+            f"session.save={session.save} has a conversation, which would be lost: give another folder, or, outside "
+            f"of slurm.submit, set session.load={session.save} to go on with it"
         )
 
 

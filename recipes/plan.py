@@ -217,10 +217,11 @@ def caveats(job: PlanJob) -> Iterator[str]:
             f"the links of {hardware} were measured on {mesh}: if {question.gpus} GPUs are on more nodes than those "
             "ranks, their links are slower than predicted"
         )
-    if question.machine.ffn_element_bytes and question.dtype_bytes == 2:
+    if (question.machine.ffn_element_bytes or question.dtype_bytes) < question.dtype_bytes == 2:
+        more = "" if question.work.kind == "train" else ", and these weights need twice the memory shown"
         yield (
             f"the rate of matrix products of {hardware} was measured with FP8 feed-forward weights: "
-            f"in {job.model.dtype}, products take longer than predicted"
+            f"in {job.model.dtype}, products take longer than predicted{more}"
         )
 
 

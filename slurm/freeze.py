@@ -45,8 +45,8 @@ def _copy_source(code: Path) -> None:
 def _source_files() -> list[str]:
     """Return the relative paths of all tracked files, and of untracked source files that git does not ignore.
 
-    Deleted files are left out, and so are untracked files in the folder of a job.  For an installed copy, without git,
-    return those of all its source files.
+    Deleted files are left out, and so are untracked files in the folder of a job.  Without git, or for an installed
+    copy, return those of all source files of the packages.
     """
     tracked, untracked = _git_files("--cached"), _git_files("--others", "--exclude-standard")
     if not tracked:  # an installed copy, without git

@@ -220,10 +220,11 @@ def _queue(plan: JobPlan, jobs: list[int], begun: list[Path], locks: ExitStack) 
 
 def _lock_folder(folder: Path, locks: ExitStack) -> None:
     """Make and lock ``folder``; ``locks`` releases it, and then removes those of the new folders that are empty."""
-    for parent in reversed([parent for parent in (folder, *folder.parents) if not parent.exists()]):
-        with suppress(FileExistsError):
-            parent.mkdir()
-            locks.callback(_remove_if_empty, parent)
+    while not folder.exists():  # another submission may remove a parent that was empty
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        with suppress(FileExistsError, FileNotFoundError):
+            missing[-1].mkdir()
+            locks.callback(_remove_if_empty, missing[-1])
     locks.enter_context(hold(folder / LOCK, f"folder={folder}"))
 
 

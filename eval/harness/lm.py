@@ -191,8 +191,7 @@ def render_chat(
             return str(render([message for message in messages if message["role"] != "system"]))
         except Exception as error:
             raise ValueError(
-                f"the chat template refuses the task's messages ({error_line(error)}), which eval.chat=false does not "
-                "need"
+                f"the chat template refuses the task's messages ({error_line(error)}) with eval.chat=true"
             ) from error
 
 

@@ -74,9 +74,9 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
         try:
             if not isinstance(record, dict):
                 raise TypeError("it is no JSON object")
-            _refuse_wrong_types(record)
-            _refuse_no_choice(record)
-            rows.append(task.convert(record))
+            checked = _Checked(record)
+            _refuse_no_choice(checked)
+            rows.append(task.convert(checked))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{path}, record {number}, is not as eval/README.md describes it ({type(error).__name__}: {error}): "
@@ -85,18 +85,24 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
     return rows
 
 
-def _refuse_wrong_types(record: Mapping[str, object]) -> None:
-    """Raise ValueError unless texts are texts, without half characters, and lists are lists of one or more texts."""
-    for name, value in record.items():
-        kind = _KINDS.get(name)
+class _Checked(dict[str, Any]):
+    """A record whose fields are checked when they are read: those that a task does not read may be of any type.
+
+    Texts must be texts, without half characters, and lists must be lists of one or more texts; otherwise, reading a
+    field raises ValueError.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        value, kind = super().__getitem__(name), _KINDS.get(name)
         if kind is str and not isinstance(value, str):
             raise ValueError(f"field {name} is {value!r}, not a text")
         if kind == list[str] and not (value and isinstance(value, list) and all(isinstance(one, str) for one in value)):
             raise ValueError(f"field {name} is {value!r}, not a list of one or more texts")
-    json.dumps(record, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which tokenizers refuse
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which tokenizers refuse
+        return value
 
 
-def _refuse_no_choice(record: TaskRecord) -> None:
+def _refuse_no_choice(record: Mapping[str, Any]) -> None:
     """Raise ValueError unless the record's right answer is a number of one of its choices, from 0."""
     choices = record.get("choices") or record.get("context_options") or ()
     count = len(choices) or 2  # questions of yes or no list no choices
@@ -163,7 +169,8 @@ def _letters(row: TaskRecord, question: str) -> Row:
 
 
 def _arc(row: TaskRecord) -> Row:
-    return _letters({**row, "query": row["query"].removeprefix("Question: ").rstrip("\n")}, "question")
+    query = row["query"].removeprefix("Question: ").rstrip("\n")
+    return {**_letters(row, "question"), "question": query}
 
 
 def _openbookqa(row: TaskRecord) -> Row:
@@ -250,7 +257,7 @@ def _truthfulqa(row: TaskRecord) -> Row:
 
 
 def _gsm8k(row: TaskRecord) -> Row:
-    if type(row["answer"]) not in (str, int):
+    if type(row["answer"]) not in (str, int, float):
         raise ValueError(f"field answer is {row['answer']!r}, not a text or a number")
     return {"question": row["context"], "answer": f"{row['chain_of_thought']}\n#### {row['answer']}"}
 

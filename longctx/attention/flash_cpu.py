@@ -14,11 +14,12 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 # For fewer query rows than this, the query heads that share a KV head are stacked as rows of one head.  Keys are then
 # read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
-# For few query rows, keys are taken in blocks.  A block has this many rows, counted over all sequences.
+# For few query rows, keys are taken in blocks of this many rows.
 # In float32, for 3 rows and fewer, the op sums over all keys one after the other: the error would grow with them.
 # In half precision, keys are converted to float32.  A copy of all keys would not fit the processor's caches, and the
-# system would zero its pages at every call.
+# system would zero its pages at every call.  The rows are therefore counted over all sequences.
 _BLOCK_ROWS = 4096
+_SUMMED_IN_TURN = 3
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -51,8 +52,11 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
 
 def _blocks(q: Queries, k: Keys, v: Keys, causal: bool) -> list[tuple[Tensor, Tensor]]:
     """Return keys and values in blocks if there are few queries and several blocks; otherwise nothing."""
-    block = max(1, _BLOCK_ROWS // q.shape[0])
-    if causal or q.shape[1] >= _FOLD_BELOW or q.dtype == torch.float64 or k.shape[1] <= block:
+    if q.dtype == accumulation_dtype(q):
+        block, few = _BLOCK_ROWS, q.dtype == torch.float32 and q.shape[1] <= _SUMMED_IN_TURN
+    else:
+        block, few = max(1, _BLOCK_ROWS // q.shape[0]), q.shape[1] < _FOLD_BELOW
+    if causal or not few or k.shape[1] <= block:
         return []
     return list(zip(k.split(block, 1), v.split(block, 1), strict=True))
 

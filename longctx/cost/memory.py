@@ -105,8 +105,8 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
     attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps
     for the backward also exist (`saved_bytes`), unless they are offloaded; then the peak may also be in the forward of
-    a feed-forward network.  The first of S pipeline stages has those of min(S, micro-batches) micro-batches; only the
-    last stage computes a loss.
+    a feed-forward network.  Stage s of S pipeline stages has those of min(S - s, micro-batches) micro-batches; only the
+    last stage computes a loss.  The stage that needs most counts, with the weights of an average stage.
 
     At the loss, c rows of float32 logits (with 16-bit weights also the 16-bit ones) exist, and the gradients of the
     hidden states and, in float32, of the output weight.  A tied weight's gradient stays until the embedding's gradient
@@ -207,6 +207,31 @@ def _experts(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers, pi
 def _pass_moments(
     shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers
 ) -> Iterator[dict[str, float]]:
+    """Yield the bytes of activations, logits and buffers at moments of a pass, on the stages that need most of them.
+
+    Stage s of S has min(S - s, micro-batches) of them in memory, so that of stages with equal layers the first needs
+    most.  The last stage has the logits.
+    """
+    size, every = shape.layers // mesh.pp, [experts is not None for experts in shape.experts]
+    stages = [every[stage * size : (stage + 1) * size] for stage in range(mesh.pp)]
+    for stage, kinds in enumerate(stages):
+        last = stage == mesh.pp - 1
+        if last or kinds not in stages[:stage]:
+            micro = min(mesh.pp - stage, work.batch / (mesh.dp * work.sequences))
+            yield from _stage_moments(shape, mesh, work, strategy, numbers, _Stage(kinds, micro, last))
+
+
+class _Stage(NamedTuple):
+    """A pipeline stage: for each layer, whether it has experts; the micro-batches in memory; and if it is the last."""
+
+    kinds: list[bool]
+    micro: float
+    last: bool
+
+
+def _stage_moments(
+    shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers, stage: _Stage
+) -> Iterator[dict[str, float]]:
     """Yield the bytes of activations, logits and buffers at the loss, in the last layer's backward, and after it.
 
     In the last layer, the backward of the feed-forward network comes first.  The backward of attention follows, after
@@ -216,20 +241,20 @@ def _pass_moments(
     With offload, what a layer keeps for its backward is not in memory; the formula also leaves out tensors of less than
     64 KB, which stay.  The peak may then be in the forward of a feed-forward network.
     """
-    # 1. Rows of a rank; the first stage's layers and micro-batches.
+    # 1. Rows of a rank; layers and micro-batches.
     pieces, hidden = saved_bytes(shape, mesh, work, numbers), shape.hidden * numbers.element
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
-    micro, stream = min(mesh.pp, work.batch / (mesh.dp * work.sequences)), rows * pieces.stream
-    kinds = [experts is not None for experts in shape.experts[: shape.layers // mesh.pp]]
+    (kinds, micro, is_last), stream = stage, rows * pieces.stream
     layer = {mixed: _layer(shape, mesh, work, numbers, pieces, rows, mixed=mixed) for mixed in {*kinds}}
     saved = sum(layer[mixed].saved for mixed in kinds)
     inputs = micro * rows * pieces.inputs
     gathered = rows * hidden if mesh.tp > 1 else 0.0  # sequence parallelism: all rows, for one projection
-    # 2. The loss, on the last stage.
+    # 2. The loss.
     weight = 0.0 if work.operations == "fused" else shape.vocab_size * shape.hidden / mesh.tp
     logits = min(rows, work.loss_rows or rows) * shape.vocab_size / mesh.tp * (4 + numbers.element % 4)
-    last = saved + rows * (pieces.inputs + pieces.final_norm) + gathered
-    yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
+    if is_last:
+        last = saved + rows * (pieces.inputs + pieces.final_norm) + gathered
+        yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
     if work.offload:
         activations = inputs + 3 * stream + max(kind.forward for kind in layer.values()) + gathered
         yield {"activations": activations, "logits": 0.0, "communication": gathered}

@@ -2,10 +2,10 @@
 
 import datetime
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longctx.chat_date import writes_date
 from longctx.config import DataSettings
 from longctx.data.records import ReadRow, Record, TokenizedConversation, error_line, text_of
 
@@ -57,10 +57,10 @@ def refuse_todays_date(tokenizer: Any) -> None:
 
     The tokens of a run would then depend on the day, and a run could not be resumed on another day.
     """
-    if re.search(r"\bstrftime_now\s*\(", str(tokenizer.chat_template)):
+    if writes_date(tokenizer.chat_template):
         raise ValueError(
             "the model's chat template writes today's date (strftime_now), so the run would have other tokens on "
-            f"another day: set a day, for example model.date={datetime.date.today().isoformat()}"
+            f"another day: set the day on which it begins, such as model.date={datetime.date.today().isoformat()}"
         )
 
 

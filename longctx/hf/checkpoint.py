@@ -70,15 +70,24 @@ def export_advice(folder: Path) -> str:
     else:
         return ""
     to = run / "hf"
-    model = shlex.quote(f"model={to}")
+    model = shlex.quote(_setting("model", to))
     if (to / "config.json").is_file():
-        return f"it belongs to a training run that was exported: give {model}, or export it again to a new folder"
+        return (
+            f"it belongs to a training run that was exported: give {model}, which may be of an earlier step, or export "
+            "it again to a new folder"
+        )
     return f"it belongs to a training run: export that with {export_command(checkpoint, to)}, then give {model}"
 
 
 def export_command(checkpoint: Path, to: Path) -> str:
     """Return the command, as typed in a shell, that exports ``checkpoint``, or the last one of a run, to ``to``."""
-    return shlex.join(["python", "-m", "recipes.export", f"checkpoint={checkpoint}", f"to={to}"])
+    words = (_setting("checkpoint", checkpoint), _setting("to", to))
+    return shlex.join(["python", "-m", "recipes.export", *words])
+
+
+def _setting(key: str, path: Path) -> str:
+    """Return a setting as a recipe takes it: a path with characters of lists and settings is quoted."""
+    return f"{key}='{path}'" if re.search(r"[,=(){}\[\]:]", str(path)) else f"{key}={path}"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

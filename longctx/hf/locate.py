@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from longctx.chat_date import with_date
 from longctx.config import ModelSource
 from longctx.hf.checkpoint import export_advice
 from longctx.hf.config import shape_of, tokenizer_of
@@ -16,7 +17,6 @@ from longctx.hf.scratch import (
     TEMPLATE,
     config_for_context,
     read_chat_template,
-    with_date,
     write_config_like,
     write_scratch_folder,
 )

@@ -3,7 +3,6 @@
 A folder is either built from settings, or copied from an existing model with some config fields changed.
 """
 
-import datetime
 import json
 import re
 import shutil
@@ -118,26 +117,6 @@ def read_chat_template(name: str) -> str:
     if not template.strip():
         raise ValueError(f"model.chat_template={name} is empty: give a Jinja template")
     return template
-
-
-def with_date(template: object, date: str) -> str:
-    """Return the chat ``template`` with ``date`` (ISO, such as 2026-11-30) in place of its calls of strftime_now.
-
-    Raises ValueError unless it is one template that calls strftime_now, always with a format.
-    """
-    day = datetime.date.fromisoformat(date)
-    if not isinstance(template, str) or "strftime_now" not in template:
-        raise ValueError(
-            f"model.date={date}: the model's chat template writes no date (strftime_now); use model.date=null"
-        )
-    call = r"\bstrftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
-    dated = re.sub(call, lambda match: json.dumps(day.strftime(match[2])), template)
-    if re.search(r"\bstrftime_now\s*\(", dated):
-        raise ValueError(
-            f"model.date={date}: the model's chat template calls strftime_now with another value than a text; set "
-            "model.chat_template to a copy with a fixed date"
-        )
-    return dated
 
 
 def config_for_context(

@@ -52,7 +52,7 @@ class KVCache:
         return self.layout.rows(self._rank)
 
     def make_room(self, rows: int) -> None:
-        """Let this rank's cache grow by ``rows`` rows at once, at the next `append`, if it has no room for them."""
+        """Let the next growth of this rank's cache be to ``rows`` rows more than it has now."""
         self._room = self.rows + rows
 
     def extend(self, later: Layout) -> None:

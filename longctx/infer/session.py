@@ -123,8 +123,18 @@ class Session:
         ``sampling`` replaces the session's settings for this sequence; its seed is used unchanged.
         """
         settings = sampling or self.sampling.for_answer(sequence)
-        self.sequences[sequence] = Conversation(self.engine.cache(tokens + decoded), sampling=settings)
+        self.sequences[sequence] = Conversation(self.engine.cache(0), sampling=settings)
+        self._make_room(sequence, tokens, decoded, alone=False)
         return self.sequences[sequence]
+
+    def _make_room(self, sequence: int, tokens: int, decoded: int, *, alone: bool) -> None:
+        """Make room for this rank's share of ``tokens`` and ``decoded`` more tokens of ``sequence``.
+
+        The ranks share decoded rows evenly over all sequences, so that one rank may get all of a sequence's, unless
+        the sequence is ``alone``.
+        """
+        share = self.engine.share_of
+        self.sequences[sequence].cache.make_room(share(tokens + decoded) if alone else share(tokens) + decoded)
 
     def drop(self, sequence: int) -> None:
         """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
@@ -155,11 +165,10 @@ class Session:
         # 1. Prefill, which gives the first tokens.
         sent, began = self.engine.sent, time.perf_counter()
         for i, prompt in prompts.items():
-            if i in self.sequences:
-                cache = self.sequences[i].cache
-                cache.make_room(self.engine.share_of(len(prompt) + 1 + max_new_tokens[i]))
-            else:
+            if i not in self.sequences:
                 self.add(i, len(prompt), max_new_tokens[i])
+            alone = len({*self.sequences, *prompts}) == 1
+            self._make_room(i, len(prompt) + 1, max_new_tokens[i], alone=alone)
         with doing("prefill"):
             turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent

@@ -79,7 +79,7 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
         raise ValueError(
             f"session.load={folder} is of another model ({index['model']}, not {model}); "
             "use the model, dropped blocks and rounded reductions that it was saved with, and the same "
-            "model.max_positions and model.rope settings"
+            "model.max_positions, model.rope and model.fp8 settings"
         )
     if index["dtype"] != dtype:
         name = index["dtype"].removeprefix("torch.")

@@ -1,5 +1,6 @@
 """The web server, in a thread of the first rank's process, until the last request is answered."""
 
+import asyncio
 import logging
 import socket
 import threading
@@ -35,7 +36,7 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
             if stopping():
                 front.closed = "the server is stopping"
                 if not service.busy:
-                    logger.setLevel(logging.CRITICAL)  # uvicorn logs a traceback for each request that it cuts
+                    logger.addFilter(_is_no_cut)
                     server.should_exit = True
         if not server.should_exit:
             raise RuntimeError("the web server has ended by itself; its error is above: start recipes.serve again")
@@ -47,4 +48,10 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
         thread.join(_GOODBYE_S)
         raise
     finally:
-        logger.setLevel(logging.NOTSET)
+        logger.removeFilter(_is_no_cut)
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    """Return False for uvicorn's records of requests that it cuts: their number, and a traceback for each."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and not record.getMessage().startswith("Cancel ")

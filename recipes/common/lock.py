@@ -71,8 +71,10 @@ def _lock(file: Path, setting: str) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
+        except FileNotFoundError:
+            if file.is_symlink() or time.monotonic() > until:
+                raise
+            continue  # another process has just removed the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):

@@ -53,6 +53,8 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
             "training; leave it out"
         )
     near = get_close_matches(name, known, n=1, cutoff=0.75)
+    if name.startswith("model.config.") and not any(each.startswith("model.config.") for each in known):
+        return f"there is no setting {name}: this model has weights and a config.json; leave it out"
     if name.startswith("model.config."):
         meant = f"did you mean {near[0]}? For" if near else "for"
         return f"the model's file has no {name}: {meant} another field of config.json, write +{name}=VALUE"

@@ -14,7 +14,7 @@ from longctx.config import Context, DataSettings, LoRA, Mesh, Optim, Recompute, 
 from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
-from recipes.common.hardware_file import read_rates, refuse_more_ranks, refuse_other_rates
+from recipes.common.hardware_file import read_rates, refuse_other_rates
 from recipes.common.manifest import REPLACED_FILES, refuse_other_recipe
 from recipes.common.places import refuse_folder_in_memory, refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
@@ -135,7 +135,6 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     # 3. The run; if its folder holds a run already, it must be one that this job can resume.
     weights = None if from_scratch else target.folder
     peak_flops, machine = read_rates(settings.hardware) if settings.hardware else (None, None)
-    refuse_more_ranks(settings.hardware, machine, target.mesh.ranks, "hardware=null")
     begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
     dropped = [target.plan.tp, *target.plan.dropped] if target.plan else []
     job = TrainJob(

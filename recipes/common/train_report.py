@@ -87,10 +87,13 @@ class RunResult:
 def predict_step(job: TrainJob, documents: tuple[tuple[int, ...], ...]) -> float | None:
     """Return the predicted seconds of a training step; None without constants of a machine.
 
-    It is also None for what the cost model has no times of: offload, and a ring with a layout other than zigzag.
+    It is also None for what the cost model has no times of: offload, a ring with a layout other than zigzag, and more
+    ranks than the machine's links are known for.
     ``documents`` has the lengths of the documents in each sequence.
     """
-    if job.machine is None or job.settings.offload or not is_balanced(job.target.context, job.target.mesh):
+    if job.machine is None or job.target.mesh.ranks > job.machine.gpus or job.settings.offload:
+        return None
+    if not is_balanced(job.target.context, job.target.mesh):
         return None
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
     share = len(target.plan.dropped) / target.shape.layers if target.plan and target.mesh.tp > 1 else 0.0
@@ -127,7 +130,8 @@ def show(job: TrainJob, result: RunResult) -> None:
     table.add_row("figures", str(job.out / "metrics.jsonl"))
     table.add_row("checkpoint", result.checkpoint)
     if not job.config["dropped"]:  # transformers has no blocks that drop a reduction
-        table.add_row("to transformers", export_command(job.out, job.out / "hf"))
+        to = job.out / "hf"
+        table.add_row("to transformers", export_command(job.out, job.out / f"hf-{result.step}" if to.exists() else to))
     console.print(table)
     if result.stopped:
         sys.exit(STOPPED)

@@ -77,8 +77,8 @@ def refuse_other_model(job: TrainJob) -> None:
     names = (files.keys() | existing.keys()) - {"config.json"} - added
     if changed := sorted(name for name in names if files.get(name) != existing.get(name)):
         raise ValueError(
-            f"out={job.out} has a run whose model has another {changed[0]}: restore the model's file, or give another "
-            "out="
+            f"out={job.out} has a run whose model has another {changed[0]}: restore the model's file, set "
+            "model.chat_template and model.date as before, or give another out="
         )
 
 

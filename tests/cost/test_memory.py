@@ -14,7 +14,7 @@ from longctx.config import Mesh
 from longctx.cost.forward import Numbers
 from longctx.cost.memory import inference_bytes, step_bytes
 from longctx.cost.step import StepWork
-from longctx.model_shape import ModelShape
+from longctx.model_shape import Experts, ModelShape
 from longctx.parallel.comm import SingleRankComm
 from longctx.parallel.cross_entropy import ALLOCATORS, cross_entropy
 from longctx.parallel.measure.memory import MemoryMeter
@@ -121,3 +121,15 @@ def test_what_has_no_formula_is_refused(mesh):
         step_bytes(SHAPE, mesh, NONE, "ring", Numbers())
     with pytest.raises(ValueError, match="numbers of 8 bytes has no formula"):
         step_bytes(SHAPE, mesh, NONE, "pass_kv", Numbers(8, 8))
+
+
+def test_pipeline_stage_with_experts_counts_if_it_needs_most():
+    """In a model whose first layers are dense, the last stage is that of a model with experts in all layers."""
+    mixture = Experts(8, 2, 512)
+    fields = {"layers": 4, "windows": (None,) * 4, "rotaries": SHAPE.rotaries[:1] * 4}
+    mixed = replace(SHAPE, **fields, experts=(None, None, mixture, mixture))
+    alike = replace(SHAPE, **fields, experts=(mixture,) * 4)
+    one, other = (
+        step_bytes(shape, Mesh(pp=2), NONE, "pass_kv", Numbers(4, 4))["activations"] for shape in (mixed, alike)
+    )
+    assert one == pytest.approx(other)

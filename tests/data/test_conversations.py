@@ -193,7 +193,7 @@ def test_template_with_todays_date_is_refused_until_the_date_is_fixed(write, tok
     """A run that resumes on another day would tokenize the same conversations to other tokens."""
     condition = "{% if strftime_now is defined %}DATE{% endif %}"
     tokenizer.chat_template = condition.replace("DATE", "{{ strftime_now('%d %b %Y') }}") + TEMPLATE
-    with pytest.raises(ValueError, match=r"today's date .* set a day, for example model.date=2"):
+    with pytest.raises(ValueError, match=r"today's date .* set the day .* such as model.date=2"):
         training_batches(write(chats(1)), tokenizer, ends=ENDS)
     tokenizer.chat_template = condition.replace("DATE", "{{ '26 Jul 2024' }}") + TEMPLATE
     assert take(training_batches(write(chats(1)), tokenizer, ends=ENDS))

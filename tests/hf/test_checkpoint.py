@@ -7,6 +7,8 @@ import pytest
 
 from longctx.hf.checkpoint import export_advice
 from recipes import export
+from recipes.common.cli import compose_config
+from recipes.common.overrides import as_overrides
 
 
 @pytest.fixture
@@ -25,13 +27,21 @@ def test_command_is_quoted_for_a_shell(run):
     assert shlex.split(advice.partition(", then give ")[2]) == [f"model={run}/hf"]
 
 
+def test_path_that_recipes_would_read_as_a_list_is_quoted(tmp_path):
+    run = tmp_path / "lr=1,seed=2"
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    command = export_advice(run).partition("export that with ")[2].partition(", then give ")[0]
+    config = compose_config("export", as_overrides("export", shlex.split(command)[3:], pytest.fail))
+    assert (config.checkpoint, config.to) == (str(run), f"{run}/hf")
+
+
 def test_run_that_was_exported_before_names_the_export(run):
     """The command would be refused: its folder exists."""
     (run / "hf").mkdir()
     (run / "hf" / "config.json").touch()
     for folder in (run, run / "checkpoints", run / "checkpoints" / "step-00000020"):
         advice = export_advice(folder)
-        assert f"give 'model={run}/hf', or export it again" in advice and "recipes.export" not in advice
+        assert f"give 'model={run}/hf', which may be of an earlier" in advice and "recipes.export" not in advice
 
 
 def test_checkpoint_at_the_top_of_a_file_system_has_no_run(monkeypatch):

@@ -193,6 +193,9 @@ def test_date_replaces_todays_in_a_chat_template(tmp_path):
     [
         ("{{ messages }}", "2024-07-26", "writes no date .* use model.date=null"),
         ("{{ strftime_now(messages) }}", "2024-07-26", "set model.chat_template to a copy"),
+        ("{{ strftime_now('%d' ~ ' %b') }}", "2024-07-26", "set model.chat_template to a copy"),
+        ("{% set now = strftime_now %}{{ now('%d') }}", "2024-07-26", "set model.chat_template to a copy"),
+        ("{% if strftime_now is defined %}{% endif %}", "2024-07-26", "writes no date"),
         ("{{ strftime_now('%d') }}", "26 Jul 2024", "is not a day .* give one as 2026-11-30"),
     ],
 )

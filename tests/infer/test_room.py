@@ -12,6 +12,30 @@ from tests.tiny import tiny_model
 TURNS = ((101, 37), (23, 41), (3, 5))  # tokens of a prompt, and of its answer
 
 
+def rooms_of_two(rank: Rank, mesh: Mesh, folder: Path) -> list[int]:
+    """Return the rows that this rank's caches have memory for, in the first layer, after a turn of two sequences."""
+    from longctx.infer.engine import load_engine
+    from longctx.infer.session import Session
+    from longctx.megatron.runtime import open_runtime
+
+    shape, prompt = shape_of(folder), [7 + i % 11 for i in range(23)]
+    with open_runtime(rank, mesh, timeout_minutes=2) as runtime:
+        engine = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "auto")
+        session = Session(engine, Context(), Sampling())
+        session.turn({0: prompt, 1: prompt}, {0: 71, 1: 71}, stopped=lambda *_: False)
+        caches, result = [session.sequences[i].cache for i in (0, 1)], []
+        for cache in caches:
+            keys, _ = cache.layer(0)
+            result.append(keys.untyped_storage().nbytes() // (keys[:, 0].numel() * keys.element_size()))
+        return result
+
+
+def test_room_of_several_sequences_is_for_all_decoded_tokens_on_one_rank(tmp_path):
+    folder = tiny_model(tmp_path / "tiny", max_positions=9973)
+    for rooms in run_ranks(2, rooms_of_two, Mesh(ring=2), folder):
+        assert all(23 // 2 + 71 <= room <= 23 // 2 + 71 + 5 for room in rooms), "none has grown while decoding"
+
+
 def allocated_rows(rank: Rank, mesh: Mesh, folder: Path) -> list[int]:
     """Return the rows that this rank's cache has memory for, in the first layer, after each turn."""
     from longctx.infer.engine import load_engine

@@ -70,7 +70,7 @@ def test_template_that_refuses_the_question_is_named(
 ) -> None:
     (tmp_path / "t.jinja").write_text(template)
     words = [f"model.source={chatty}", f"model.chat_template={tmp_path / 't.jinja'}", "eval.chat=true"]
-    refusal = rf"refuses the task's messages \({error}\), which eval.chat=false does not need: leave arc_easy out"
+    refusal = rf"refuses the task's messages \({error}\) with eval.chat=true: leave arc_easy out"
     with pytest.raises(ValueError, match=refusal):
         prepared(*words, "eval.tasks=[arc_easy]", "eval.limit=1")
 
@@ -79,7 +79,7 @@ def test_template_with_todays_date_is_refused(chatty: Path, prepared: Any, tmp_p
     """Its prompts, and so the keys of stored answers, would be others on the next day."""
     (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + TEMPLATE)
     words = [f"model.source={chatty}", f"model.chat_template={tmp_path / 't.jinja'}", "eval.chat=true"]
-    with pytest.raises(ValueError, match=r"today's date .* set a day, for example model.date=2"):
+    with pytest.raises(ValueError, match=r"today's date .* set the day .* such as model.date=2"):
         prepared(*words)
 
 

@@ -224,6 +224,11 @@ def test_field_of_another_kind_is_refused(name, record, words, tmp_path):
         read_rows(LOCAL[name], write_file(tmp_path, name, [ROWS[name][0] if name in ROWS else record_of(name), record]))
 
 
+def test_fields_that_a_task_does_not_read_may_be_of_any_type(tmp_path):
+    record = ROWS["arc_easy"][0] | {"context": None, "subject": 5, "best": []}
+    assert read_rows(LOCAL["arc_easy"], write_file(tmp_path, "arc_easy", [record]))
+
+
 def record_of(name: str) -> dict:
     """A valid record of a task that `ROWS` lacks."""
     return GSM8K if name == "gsm8k" else {"question": "a", "best": "b", "incorrect": ["c"]}

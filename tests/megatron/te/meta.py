@@ -63,7 +63,7 @@ def _model(runtime: Runtime, shape: ModelShape) -> Any:
 
 def _infer(net: Any, shape: ModelShape, prompt: int) -> dict[str, tuple[int, ...]]:
     engine = Engine(net, shape, KERNEL, layers="te")
-    cache, everywhere = engine.cache(prompt, 1), engine.everywhere(pass_kv)
+    cache, everywhere = engine.cache(prompt + 1), engine.everywhere(pass_kv)
     hidden = prefill.run_pass(engine, torch.zeros(prompt, dtype=torch.long), zigzag(prompt, 1), cache, everywhere)
     step = prefill.run_replicated(engine, torch.zeros(1, dtype=torch.long), contiguous(1, 1), cache)
     cached = cache.layer(shape.layers - 1)[0]

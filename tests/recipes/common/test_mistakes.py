@@ -62,6 +62,12 @@ def test_misspelt_setting_is_refused_with_the_nearest(word, message):
     assert refusal(word) == message
 
 
+def test_unlisted_field_of_config_is_advised_only_where_it_is_accepted(config_of):
+    assert config_of("pretrain", "out=x", "+model.config.rms_norm_eps=1e-5").model.config.rms_norm_eps == 1e-5
+    with pytest.raises(ValueError, match=r"no setting model.config.hidden_size: this model has weights.*leave it out"):
+        config_of("generate", "prompt.text=a", "model.config.hidden_size=8")
+
+
 @dataclass(frozen=True)
 class _Part:
     kinds: tuple[Literal["ISB", "SB"], ...] = ()
