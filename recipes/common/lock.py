@@ -13,6 +13,7 @@ from recipes.common.cli import is_first, say
 
 _locks: set[int] = set()  # descriptors of this process's locks
 _OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its dead node held on a network file system
+_TRIES = 20  # at a folder that other processes remove
 
 
 @contextmanager
@@ -66,15 +67,16 @@ def _lock(file: Path, setting: str) -> int:
 
     Waits for another host of the same Slurm job, up to a limit.  Raises ValueError if another run holds it.
     """
-    until = time.monotonic() + _OWN_JOB_S
+    until, removed = time.monotonic() + _OWN_JOB_S, 0
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            if file.is_symlink() or time.monotonic() > until:
+            removed += 1  # by another process; but /proc and broken links never have the file
+            if removed > _TRIES:
                 raise
-            continue  # another process has just removed the folder
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):

@@ -289,7 +289,10 @@ def test_saved_conversation_is_replaced_only_by_its_continuation(
     words = (f"model={tiny}", f"turns={turns}", f"session.save={folder}")
     for load in ([], [f"session.load={saved}"]):
         line = refused(chat, chat.task, *words, *load)
-        assert f"talk has a conversation, which would be lost: set session.load={folder} to go on with it" in line
+        assert (
+            "talk has a conversation, which would be lost: give another folder, or, outside of slurm.submit, " in line
+        )
+        assert f"set session.load={folder} to go on with it" in line
     chat.prepare(config_of("chat", *words, f"session.load={tmp_path}/other/../talk"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     chat.prepare(config_of("chat", *words))

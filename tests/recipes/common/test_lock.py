@@ -140,3 +140,10 @@ def test_without_locks_the_file_of_a_later_run_is_left(tmp_path, monkeypatch):
 
 def test_lock_of_a_folder_that_is_replaced_lies_beside_it(tmp_path):
     assert lock_beside(tmp_path / "talk") == tmp_path / ".talk.lock"
+
+
+def test_lock_that_cannot_be_made_is_an_error_at_once(tmp_path):
+    link = tmp_path / "x.lock"
+    link.symlink_to(tmp_path / "missing" / "x.lock")
+    with pytest.raises(FileNotFoundError), lock.hold(link, "out=x"):
+        pass
