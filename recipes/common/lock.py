@@ -13,7 +13,7 @@ from recipes.common.cli import is_first, say
 
 _locks: set[int] = set()  # descriptors of this process's locks
 _OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its dead node held on a network file system
-_TRIES = 20  # at a folder that other processes remove
+_MAKE_S = 2.0  # time for making a file in a folder that other processes remove
 
 
 @contextmanager
@@ -67,14 +67,14 @@ def _lock(file: Path, setting: str) -> int:
 
     Waits for another host of the same Slurm job, up to a limit.  Raises ValueError if another run holds it.
     """
-    until, removed = time.monotonic() + _OWN_JOB_S, 0
+    began = time.monotonic()
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            removed += 1  # by another process; but /proc and broken links never have the file
-            if removed > _TRIES:
+            # Another process has just removed the folder; or the file cannot be made: in /proc, at a broken link.
+            if time.monotonic() > began + _MAKE_S:
                 raise
             continue
         try:
@@ -83,7 +83,7 @@ def _lock(file: Path, setting: str) -> int:
                 return descriptor
         except BlockingIOError:
             holder = _holder(descriptor)
-            if not _is_own_job(holder) or time.monotonic() > until:
+            if not _is_own_job(holder) or time.monotonic() > began + _OWN_JOB_S:
                 os.close(descriptor)
                 raise ValueError(_refusal(holder, setting)) from None
             time.sleep(1)
