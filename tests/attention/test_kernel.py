@@ -86,12 +86,13 @@ def test_few_rows_see_all_blocks_of_keys(sq, sk, dtype, monkeypatch):
 
 @pytest.mark.parametrize("hq", [3, 9])
 def test_error_in_float32_does_not_grow_with_the_number_of_keys(hq):
-    q, k, v, dout = (x[:1] for x in random_inputs(hq, 3, 1, 65_537, 16, torch.float32))
+    q, k, v, dout = (x[:1] for x in random_inputs(hq, 3, 1, 65_537, 64, torch.float32))
     part, mask = flash_cpu.forward(q, k, v, False), torch.ones(1, 65_537, dtype=torch.bool)
     grads = flash_cpu.backward(dout, q, k, v, part.out, part.lse, False)
     expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
     for actual, exact in zip((part.out, part.lse, *grads), expected, strict=True):
-        oracle.assert_close(actual, exact, 2e-6)
+        error = (actual.double() - exact).norm() / exact.norm()  # the mean of many values is far below unit scale
+        assert error < 2e-6
 
 
 @both
