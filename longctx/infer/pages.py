@@ -1,5 +1,7 @@
 """Pages on each rank: keys and values of a few consecutive tokens, copied from one cache and later into others."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,16 @@ class Page:
 
     layout: Layout
     layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def first(self, tokens: int, rank: int) -> Page:
+        """Return the page's first ``tokens`` tokens; this is ring rank ``rank``."""
+        if tokens == self.layout.total:
+            return self
+        begin = self.layout.begins[0]
+        rows = (self.layout.positions(rank) < begin + tokens).nonzero().flatten()
+        rows = rows.to(self.layers[0][0].device)
+        layers = tuple((keys[:, rows], values[:, rows]) for keys, values in self.layers)
+        return Page(self.layout.between(begin, begin + tokens), layers)
 
 
 class PageStore:
@@ -56,12 +68,12 @@ class PageStore:
         self.insert(page, Page(cache.layout.between(begin, end), tuple(layers)))
 
     @torch.inference_mode()
-    def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
-        """Append the pages with the numbers ``pages``, at least one, to ``cache``.
+    def copy_to(self, cache: KVCache, pages: Sequence[tuple[int, int]]) -> None:
+        """Append the first tokens of ``pages`` to ``cache``; each, at least one, is (number of the page, tokens).
 
         Their positions must follow the cached ones without a gap.
         """
-        chosen = [self._pages[page] for page in pages]
+        chosen = [self._pages[page].first(tokens, self._rank) for page, tokens in pages]
         for page in chosen:
             cache.extend(page.layout)
         for layer in range(self._layers):

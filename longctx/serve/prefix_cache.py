@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import NamedTuple
 
 from longctx.attention.layout import Layout
@@ -26,6 +27,13 @@ class NewPage(NamedTuple):
     begin: int
     end: int
     before: int = ROOT
+
+
+class TakenPage(NamedTuple):
+    """The first ``tokens`` tokens of the stored page ``number``, to copy into the cache of a sequence."""
+
+    number: int
+    tokens: int
 
 
 class StoredPage(NamedTuple):
@@ -74,8 +82,9 @@ class PrefixCache:
 
     Each of ``ranks`` ring ranks stores at most ``limit`` rows.  A sequence's tokens are stored page by page, from the
     first one.  Pages with equal tokens and equal tokens before them are stored once.  A dictionary hashes and compares
-    the tokens, so that no two pages are confused.  A page stays while a running sequence uses it.  Other pages leave
-    when room is needed: the least recently used first, and a page only after the pages that follow it.  ``asked``
+    the tokens, so that no two pages are confused.  If a prompt ends or differs within a page, it reuses the page's
+    first tokens, at least a quarter of them.  A page stays while a running sequence uses it.  Other pages leave when
+    room is needed: the least recently used first, and a page only after the pages that follow it.  ``asked``
     counts the tokens of prompts that may reuse pages, ``reused`` the tokens that they took from pages, ``evicted`` the
     evicted pages.  ``reused_restored`` counts the reused tokens in pages that an earlier process stored.
     """
@@ -132,11 +141,11 @@ class PrefixCache:
             page = page.before
 
     def can_take(self, number: int, cached: int) -> bool:
-        """Return True if sequence ``number``, which has ``cached`` tokens, may reuse a stored page that follows them.
+        """Return True if sequence ``number``, which has ``cached`` tokens, may reuse a whole page that follows them.
 
         This does not look for the page.  The sequence may if its prompt may reuse pages, and the cached tokens end
-        where its last page ends.  A page with the last token of a prompt is not reused: the last row gives the first
-        token of the answer.
+        where its last page ends.  The last token of a prompt is not reused: its row gives the first token of the
+        answer.
         """
         one = self._sequences[number]
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
@@ -153,8 +162,8 @@ class PrefixCache:
             return None
         return one.page.number, tuple(one.prompt[begin:end])
 
-    def take(self, number: int, cached: int) -> tuple[int, ...]:
-        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return the pages' numbers in order.
+    def take(self, number: int, cached: int) -> tuple[TakenPage, ...]:
+        """Reuse the whole stored pages that continue the prompt after ``cached`` tokens; return them in order.
 
         The pages are not evicted while the sequence ``number``, which has this prompt, runs.
         """
@@ -164,11 +173,33 @@ class PrefixCache:
             if not page:
                 break
             self._use(one, page)
-            taken.append(page.number)
+            taken.append(self._count_reused(page, self.page_tokens))
             cached = page.end
-            self.reused_restored += page.restored * self.page_tokens
-        self.reused += len(taken) * self.page_tokens
         return tuple(taken)
+
+    def take_part(self, number: int, cached: int) -> TakenPage | None:
+        """Reuse the first tokens of the stored page that agrees longest with the prompt after ``cached`` tokens.
+
+        Return these tokens, which the caller must copy in this step: the page may be evicted in the next one.  The
+        result is None for less than a quarter of a page, since a copy also costs time.  Call it after `take`, for a
+        sequence that computes the rest of the page now.
+        """
+        one = self._sequences[number]
+        if not (one.takes and cached == one.page.end):
+            return None
+        left = one.prompt[cached : len(one.prompt) - 1]
+        equal = [(count_equal(tokens, left), page) for tokens, page in one.page.following.items()]
+        tokens, page = max(equal, key=lambda pair: pair[0], default=(0, self._root))
+        if 4 * tokens < self.page_tokens:
+            return None
+        if page.number in self._unused:
+            self._unused.move_to_end(page.number)
+        return self._count_reused(page, tokens)
+
+    def _count_reused(self, page: _Page, tokens: int) -> TakenPage:
+        self.reused += tokens
+        self.reused_restored += page.restored * tokens
+        return TakenPage(page.number, tokens)
 
     def give(self, number: int, tokens: Sequence[int], layout: Layout) -> None:
         """Record the whole pages that sequence ``number`` has cached since the last call, until there is no more room.
@@ -256,6 +287,15 @@ def fitting(pages: Sequence[StoredPage], limit: int, ranks: int) -> list[int]:
             fit.add(one.number)
             rows = after
     return sorted(fit - {ROOT})
+
+
+def count_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of first tokens that ``one`` and ``other`` have in common.
+
+    >>> count_equal((1, 2, 3), (1, 2, 4, 3))
+    2
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _difference(rows: Sequence[int], fewer: Sequence[int]) -> list[int]:

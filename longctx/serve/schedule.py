@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from longctx.config import Sampling
-from longctx.serve.prefix_cache import NewPage, PrefixCache
+from longctx.serve.prefix_cache import NewPage, PrefixCache, TakenPage
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepPlan:
     """The work of one step, the same on all ranks, in the order of the fields.
 
     Pages are dropped (``evict``) and copied from the caches of sequences (``store``).  Sequences are dropped and added.
-    New sequences copy reused pages into their caches (``take``).  ``prefill`` has, for each sequence, the number of
+    Sequences copy reused pages into their caches (``take``).  ``prefill`` has, for each sequence, the number of
     prompt tokens to run.  ``decode`` lists the sequences that get one more token.  `run_plan` decides whether prefill
     and decoding are one pass.  A plan with ``stop`` is the last one, and is not run.
     """
@@ -41,7 +41,7 @@ class StepPlan:
     store: tuple[NewPage, ...] = ()
     drop: tuple[int, ...] = ()
     add: tuple[NewSequence, ...] = ()
-    take: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    take: Mapping[int, tuple[TakenPage, ...]] = field(default_factory=dict)
     prefill: Mapping[int, int] = field(default_factory=dict)
     decode: tuple[int, ...] = ()
     stop: bool = False
@@ -109,35 +109,39 @@ class Scheduler:
         add = tuple(self._admit())
         decode = tuple(number for number in self.running if number not in self._left)
         take = self._take()
-        prefill = share_pass(self._left_to_compute(), self.limits.prefill_tokens)
+        prefill = share_pass(self._left_to_compute(take), self.limits.prefill_tokens)
         for number, tokens in prefill.items():
             self._left[number] -= tokens
             if not self._left[number]:
                 del self._left[number]
         return StepPlan(evict, store, drop, add, take, prefill, decode)
 
-    def _take(self) -> dict[int, tuple[int, ...]]:
-        """Let prompts reuse the stored pages that continue them; return the pages' numbers by sequence."""
+    def _take(self) -> dict[int, tuple[TakenPage, ...]]:
+        """Let prompts reuse the whole stored pages that continue them; return the pages by sequence."""
         take = {}
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
             if pages := self.prefixes.take(number, cached):
                 take[number] = pages
-                self._left[number] -= len(pages) * self.prefixes.page_tokens
+                self._left[number] -= sum(page.tokens for page in pages)
         return take
 
-    def _left_to_compute(self) -> dict[int, int]:
+    def _left_to_compute(self, take: dict[int, tuple[TakenPage, ...]]) -> dict[int, int]:
         """Return, by sequence, the number of prompt tokens that are left to run.
 
-        A sequence is left out if an earlier sequence computes its next page, which it can then reuse.
+        A sequence is left out if an earlier sequence computes its next page, which it can then reuse.  The others may
+        reuse the first tokens of a page, which are added to ``take``.
         """
         left_to_compute, pages = {}, set()
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
             page = self.prefixes.page_at(number, cached)
             if page is None or page not in pages or not self.prefixes.can_take(number, cached):
-                left_to_compute[number] = left
                 pages.add(page)
+                if part := self.prefixes.take_part(number, cached):
+                    take[number] = (*take.get(number, ()), part)
+                    self._left[number] -= part.tokens
+                left_to_compute[number] = self._left[number]
         return left_to_compute
 
     def _admit(self) -> list[NewSequence]:

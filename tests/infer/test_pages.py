@@ -34,9 +34,9 @@ def test_pages_restore_the_rows_of_their_positions(size):
             store.store(page, first[rank], page * PAGE, (page + 1) * PAGE)
         with torch.inference_mode():
             first[rank].layer(0)[0].zero_()  # pages are copies
-        store.copy_to(second[rank], [0, 1, 2])
-        store.copy_to(second[rank], [3, 4, 5])
-    fill(second, [contiguous(53 - 6 * PAGE, size)], rows)
+        store.copy_to(second[rank], [(0, PAGE), (1, PAGE), (2, PAGE)])
+        store.copy_to(second[rank], [(3, PAGE), (4, PAGE), (5, 4)])
+    fill(second, [contiguous(53 - 5 * PAGE - 4, size)], rows)
     for layer in range(LAYERS):
         for kind, sign in enumerate((1, -1)):
             restored = second[0].layout.unshard([cache.layer(layer)[kind] for cache in second], 1)

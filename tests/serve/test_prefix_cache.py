@@ -10,7 +10,7 @@ import pytest
 from longctx.attention.layout import Layout, striped, zigzag
 from longctx.attention.spans import Span
 from longctx.config import Sampling
-from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage, fitting
+from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage, TakenPage, fitting
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 PAGE, RANKS = 3, 2
@@ -82,10 +82,12 @@ class Ranks:
         for position in range(len(self.pages[page]) - PAGE, len(self.pages[page])):
             self.stored[position % RANKS] += sign
 
-    def take(self, one: Cached, pages: tuple[int, ...]) -> None:
-        for page in pages:
-            one.rows += PAGE
-            assert one.new.prompt[: one.rows] == self.pages[page], "rows of other tokens"
+    def take(self, one: Cached, pages: tuple[TakenPage, ...]) -> None:
+        for page, tokens in pages:
+            begin = len(self.pages[page]) - PAGE
+            assert one.rows == begin and tokens <= PAGE
+            one.rows += tokens
+            assert one.new.prompt[: one.rows] == self.pages[page][: one.rows], "rows of other tokens"
         assert one.rows < len(one.new.prompt), "no row is left to compute"
         assert not one.new.score_prompt
 
@@ -145,7 +147,7 @@ def test_restored_pages_are_taken_and_evicted_from_their_ends():
     prefixes.restore([pages[0], pages[1], pages[4]._replace(number=2)])
     assert prefixes.changes() == ((), ()) and prefixes.rows == [4, 5]
     prefixes.enter(9, [4, 5, 6, 7, 8, 9, 1])
-    assert prefixes.take(9, 0) == (1, 2)
+    assert prefixes.take(9, 0) == ((1, PAGE), (2, PAGE))
     assert (prefixes.reused, prefixes.reused_restored) == (6, 6)
     # 2. A new page takes the place of the one without users, and an unused number.
     prefixes.enter(8, [2, 2, 2, 2])
@@ -159,7 +161,7 @@ def test_no_page_is_evicted_for_one_that_does_not_fit_anyway():
     prefixes = PrefixCache(PAGE, 3, RANKS)
     prefixes.restore([StoredPage(0, ROOT, (1, 2, 3), (3, 0)), StoredPage(1, ROOT, (4, 5, 6), (0, 3))])
     prefixes.enter(9, [1, 2, 3, 4])
-    assert prefixes.take(9, 0) == (0,)
+    assert prefixes.take(9, 0) == ((0, PAGE),)
     prefixes.enter(8, [2, 2, 2, 2])
     prefixes.give(8, [2, 2, 2, 2], Layout((4,), ((Span(0, 2),), (Span(2, 2),))))
     assert prefixes.changes() == ((), ()) and prefixes.rows == [3, 3]
@@ -192,7 +194,7 @@ def test_least_recently_used_page_goes_first_and_ends_go_before_beginnings():
     prefixes.give(4, (4, 4, 5, 5), layout)
     assert prefixes.changes()[1] == (2, 1), "the page that was left first, then the other end; their beginning stays"
     prefixes.enter(5, (0, 0, 1, 1, 6))
-    assert prefixes.take(5, 0) == (0,)
+    assert prefixes.take(5, 0) == ((0, 2),)
     assert (prefixes.asked, prefixes.reused, prefixes.evicted) == (4 + 4 + 2 + 4 + 5, 2, 2)
 
 
@@ -200,11 +202,49 @@ def test_last_token_of_a_prompt_is_computed():
     prefixes = PrefixCache(2, 99, 1)
     prefixes.enter(0, (1, 2, 3, 4))
     prefixes.give(0, (1, 2, 3, 4), zigzag(4, 1))
-    for number, prompt, pages in (
-        (1, (1, 2, 3, 4), (0,)),
-        (2, (1, 2, 3, 4, 5), (0, 1)),
-        (3, (1, 2), ()),
-        (4, (9,), ()),
+    for number, prompt, pages, part in (
+        (1, (1, 2, 3, 4), (0,), (1, 1)),
+        (2, (1, 2, 3, 4, 5), (0, 1), None),
+        (3, (1, 2), (), (0, 1)),
+        (4, (9,), (), None),
+        (5, (1,), (), None),
     ):
         prefixes.enter(number, prompt)
-        assert prefixes.take(number, 0) == pages
+        assert prefixes.take(number, 0) == tuple((page, 2) for page in pages)
+        assert prefixes.take_part(number, 2 * len(pages)) == part
+
+
+def test_first_tokens_of_the_page_that_agrees_longest_are_taken():
+    prefixes, layout = PrefixCache(8, 24, 1), zigzag(8, 1)
+    for number, tokens in enumerate([(1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 9, 9, 9, 9, 9), (7, 1, 1, 1, 1, 1, 1, 1)]):
+        prefixes.enter(number, tokens)
+        prefixes.give(number, tokens, layout)
+        prefixes.leave(number)
+    for number, prompt, part in ((3, (1, 2, 3, 4, 0), (0, 4)), (4, (1, 2, 3, 9, 9, 9), (1, 5)), (5, (7, 5, 5), None)):
+        prefixes.enter(number, prompt)
+        assert not prefixes.take(number, 0)
+        assert prefixes.take_part(number, 0) == part, "a single token is less than a quarter of a page"
+        assert prefixes.take_part(number, 1) is None, "only where a page begins"
+    prefixes.enter(6, (1, 2, 3, 4, 0), takes=False)
+    assert prefixes.take_part(6, 0) is None
+    assert prefixes.reused == 4 + 5
+    # The pages of which a part was taken were used last, so that the third leaves for a new one.
+    prefixes.enter(7, (6,) * 8)
+    prefixes.give(7, (6,) * 8, layout)
+    assert prefixes.changes()[1] == (2,)
+
+
+def test_sequence_that_waits_for_a_page_takes_no_part_of_another():
+    """Both prompts begin as a stored page does; the second would otherwise compute what the first computes."""
+    ranks = Ranks(1_000, random.Random(3))
+    scheduler = Scheduler(LIMITS, ranks.prefixes)
+    scheduler.add(sequence(0, [1, 2, 3, 4], 1))
+    ranks.step(scheduler)
+    scheduler.end(0)
+    for number in (1, 2):
+        scheduler.add(sequence(number, [1, 2, *range(10, 50), number], 1))
+    computed = ranks.computed
+    for _ in range(6):
+        ranks.step(scheduler)
+    decoded = sum(one.rows - 43 for one in ranks.cached.values())
+    assert ranks.computed - computed - decoded == (43 - 2) + 1, "the second computes its last row"
