@@ -53,6 +53,7 @@ class LocalMachine:
     driver: str | None
     links: str | None
     torch: str
+    float32_products: str
     cuda: str | None
     nccl: str | None
     flash_attn_2: str | None
@@ -92,6 +93,7 @@ def find_machine() -> LocalMachine:
     import torch
 
     from longctx.attention.flash_attn import installed
+    from longctx.onednn import is_faster
 
     gpus = range(torch.cuda.device_count())
     info = Path("/proc/cpuinfo")
@@ -109,6 +111,7 @@ def find_machine() -> LocalMachine:
         driver=next(iter(_run(smi, "--query-gpu=driver_version", "--format=csv,noheader")), None),
         links=links_of(_run(smi, "topo", "-m")),
         torch=str(torch.__version__),
+        float32_products="oneDNN" if is_faster() else "MKL" if torch.backends.mkl.is_available() else "PyTorch",
         cuda=cuda,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         flash_attn_2=version_of("flash-attn") if installed else None,
@@ -209,7 +212,7 @@ def report(machine: LocalMachine) -> list[tuple[str, str]]:
         ("memory", f"{machine.memory_bytes / 1e9:.1f} GB"),
         ("GPUs", f"{names}, {gpu}" if machine.gpus else (f"{names}, which torch cannot use" if names else "none")),
         ("links between GPUs", machine.links or "none"),
-        ("torch", f"{machine.torch}, {cuda}"),
+        ("torch", f"{machine.torch}, {cuda}; float32 products on CPU by {machine.float32_products}"),
         ("flash-attn", flash),
         ("Transformer Engine", f"{te or 'none'}; Triton: {machine.triton or 'none'}"),
     ]

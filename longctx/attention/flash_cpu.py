@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from longctx.attention import flash_onednn
 from longctx.attention.kernel import Gradients, Kernel
 from longctx.attention.partial import Partial, accumulation_dtype, merge_all
 from longctx.shapes import Keys, LogSumExp, Queries, Tensor
@@ -38,7 +39,10 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     # so the error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
     if blocks := _blocks(q, k, v, causal):
         return merge_all([_flash_forward(q.to(accumulation_dtype(q)), *block, causal) for block in blocks])
-    q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
+    q, k, v = (x.to(accumulation_dtype(q)) for x in (q, k, v))
+    if flash_onednn.suits(q, k):
+        return flash_onednn.forward(q, k, v, causal)
+    q, k, v = (_as_op_input(x) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
     if not causal and hq != hk and sq < _FOLD_BELOW:
@@ -85,7 +89,10 @@ def _flash_backward(
         parts = [_flash_backward(dout, q.to(dtype), *block, out, lse, causal) for block in blocks]
         dq, dk, dv = zip(*parts, strict=True)
         return torch.stack(dq).sum(0), torch.cat(dk, 1), torch.cat(dv, 1)
-    dout, q, k, v, out = (_as_op_input(x.to(dtype)) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (x.to(dtype) for x in (dout, q, k, v, out))
+    if flash_onednn.suits(q, k):
+        return flash_onednn.backward(dout, q, k, v, out, lse, causal)
+    dout, q, k, v, out = (_as_op_input(x) for x in (dout, q, k, v, out))
     dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)
 

@@ -31,6 +31,8 @@ class Kernel:
     overflows.  For such a row the CPU's kernels return NaN as out and lse, because a finite result would hide the
     fault.  A GPU's kernel returns what its library returns.
 
+    ``merge(total, rows, part)`` is `merge_`, or a faster function with the same result.
+
     The kernel accepts ``dtypes``, ``devices`` and head dimensions that are multiples of ``head_dim_multiple``.
     `refuse_untested` refuses all other inputs.
     """
@@ -41,6 +43,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     devices: tuple[str, ...] = ("cpu", "cuda")
     head_dim_multiple: int = 1
+    merge: Callable[[Partial, slice, Partial], None] = merge_
 
     def refuse_untested(
         self,
@@ -112,7 +115,7 @@ def _attend(total: Partial, q: Queries, tiles: Iterable[_TileOfKeys], kernel: Ke
             q_rows, k_rows, v_rows = _orient(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
             part = kernel.forward(q_rows, k_rows, v_rows, tile.causal)
             parts.append(Partial(*_orient(tile, part.out, part.lse)))
-        merge_(total, slice(group[0][0].q0, group[-1][0].q1), concat_rows(parts))
+        kernel.merge(total, slice(group[0][0].q0, group[-1][0].q1), concat_rows(parts))
 
 
 def _group_adjacent(tiles: Iterable[_TileOfKeys]) -> Iterator[list[_TileOfKeys]]:

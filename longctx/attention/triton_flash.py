@@ -88,12 +88,36 @@ def _flash_backward(
     return dq, dk, dv
 
 
+def merge_arguments(part: Queries, first: int, length: int) -> dict[str, Any]:
+    """Return the arguments, by name, of the kernel ``merge`` besides tensors.
+
+    The rows of ``part`` are merged into the rows from ``first`` on of a partial of ``length`` rows.
+    """
+    d = part.shape[3]
+    return {
+        "sq": part.shape[1], "length": length, "first": first, "hq": part.shape[2], "D": d,
+        "WIDTH": max(16, 1 << (d - 1).bit_length()), "ROWS": 16, "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+def _merge(total: Partial, rows: slice, part: Partial) -> None:
+    """`merge_` in one launch, which reads and writes every number once."""
+    from longctx.attention import triton_kernels
+
+    assert total.out.is_contiguous() and total.lse.is_contiguous() and part.out.shape[1]
+    length = total.out.shape[1]
+    options = merge_arguments(part.out, rows.indices(length)[0], length)
+    grid = (-(-options["sq"] // options["ROWS"]), part.out.shape[0] * options["hq"])
+    triton_kernels.merge[grid](total.out, total.lse, part.out.contiguous(), part.lse.contiguous(), **options)
+
+
 triton_flash = Kernel(
     "triton",
     _flash_forward,
     _flash_backward,
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     devices=("cuda",),
+    merge=_merge,
 )
 # The same code on a CPU, where Triton's interpreter runs it.
 interpreted = replace(triton_flash, devices=("cpu",))

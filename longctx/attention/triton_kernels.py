@@ -233,3 +233,30 @@ def backward_kv(DOUT, Q, K, V, LSE, DELTA, DK, DV, sq, sk, hq, hk, scale,
     dk, dv = sums
     _store(DK, dk * scale, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     _store(DV, dv, batch, sk, hk, kv, key, D, KEYS, WIDTH)
+
+
+@triton.jit(do_not_specialize=["sq", "length", "first"])
+@no_type_check
+def merge(OUT, LSE, PART_OUT, PART_LSE, sq, length, first, hq,
+          D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Merge one block of rows of a partial, [b sq hq d], into the rows from ``first`` on of OUT [b length hq d].
+
+    A row with a log-sum-exp of -inf has no weight, even if its out is NaN.
+    """
+    row = tl.program_id(0) * ROWS
+    batch, head = tl.program_id(1) // hq, tl.program_id(1) % hq
+    total_lse, _ = _address(LSE, batch, length, hq, head, first + row, 1, ROWS, 1)
+    part_lse, in_part = _address(PART_LSE, batch, sq, hq, head, row, 1, ROWS, 1)
+    a = tl.load(total_lse, mask=in_part, other=float("-inf"))
+    b = tl.load(part_lse, mask=in_part, other=float("-inf"))
+    largest = tl.maximum(a, b)
+    unseen = largest == float("-inf")
+    base = tl.where(unseen, 0.0, largest)  # -inf - -inf would be NaN
+    weight_a, weight_b = tl.exp2((a - base) * LOG2E), tl.exp2((b - base) * LOG2E)
+    weights = tl.where(unseen, 1.0, weight_a + weight_b)
+    total_out, _ = _address(OUT, batch, length, hq, head, first + row, D, ROWS, WIDTH)
+    part_out, inside = _address(PART_OUT, batch, sq, hq, head, row, D, ROWS, WIDTH)
+    out_a = tl.load(total_out, mask=inside, other=0.0)
+    out_b = tl.where(b == float("-inf"), 0.0, tl.load(part_out, mask=inside, other=0.0))
+    tl.store(total_out, (out_a * weight_a + out_b * weight_b) / weights, mask=inside)
+    tl.store(total_lse, largest + tl.log(weights), mask=in_part)

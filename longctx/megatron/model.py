@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
-from longctx.megatron.few_rows import speed_up
+from longctx.megatron.products import speed_up, train_by_onednn
 from longctx.megatron.sharded import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.megatron.spec import LOCAL, layer_spec, norm_of, record_sharding, te_linears
@@ -108,6 +108,8 @@ def build_model(
         pg_collection=groups,
     )
     record_sharding(model)
+    if device.type == "cpu":
+        train_by_onednn()
     if model.post_process:
         speed_up(model.output_layer)
     # If this is set, megatron-core builds norms of queries and keys, and sums their gradients over ranks.  That would

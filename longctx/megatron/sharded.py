@@ -26,8 +26,8 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
-from longctx.megatron.few_rows import linear
 from longctx.megatron.lora import Adaptable
+from longctx.megatron.products import linear
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm, doing, sum_over_ranks
 from longctx.shapes import Float, Tensor

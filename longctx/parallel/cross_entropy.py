@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
+from longctx.onednn import Products, multiplies, multiply
 from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Int, Tensor
 
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0
+_ADDED_ROWS = 4096  # rows of the weight's gradient of which a chunk's part exists beside the total
 ROWS = 512  # default number of rows of logits that exist at a time
 
 
@@ -60,14 +62,16 @@ class _CrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), rows or max(1, len(hidden))):
             some = slice(first, first + rows if rows else None)
             # 1. Logits of some rows, which turn into their gradient in place.
-            logits = (hidden[some] @ weight.T).to(precise).mul_(scale)
+            with Products():
+                logits = torch.matmul(hidden[some], weight.T).to(precise).mul_(scale)
             if padding > 0:
                 logits[:, max(0, len(weight) - padding) :] = _PADDING_LOGIT
             losses[some] = _logits_to_gradient(logits, targets[some], tp)
             # 2. Gradients of hidden states and weight.
             if learn:
                 gradient = logits.mul_(counts[some, None]).mul_(scale).to(weight.dtype)
-                torch.mm(gradient, weight, out=d_hidden[some])
+                with Products():
+                    d_hidden[some] = torch.matmul(gradient, weight)
                 if d_weight is not None:
                     _add_product(d_weight, gradient.T, hidden[some])
                 del gradient
@@ -113,7 +117,10 @@ def _logits_to_gradient(logits: Tensor, targets: Tensor, tp: Comm) -> Tensor:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add ``a`` @ ``b`` to ``total``, which may have a more precise dtype."""
-    if a.dtype == total.dtype:
+    if multiplies(a, b):
+        for chunk, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS), strict=True):
+            chunk.add_(multiply(rows, b))
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class _Page:
     It is thus identified by all tokens of a text up to ``end``.
 
     ``rows`` has its number of rows on each ring rank.  ``users`` counts the running sequences that reuse the page or
-    have computed it.  ``restored`` is True if an earlier process stored it.
+    have computed it.  ``restored`` is True if an earlier process stored it.  ``following`` has the pages after it by
+    their tokens, and ``in_order`` these tokens in ascending order.
     """
 
     number: int
@@ -66,6 +68,28 @@ class _Page:
     users: int = 0
     restored: bool = False
     following: dict[Tokens, _Page] = field(default_factory=dict)
+    in_order: list[Tokens] = field(default_factory=list)
+
+    def attach(self) -> None:
+        """Let the page before this one know it."""
+        assert self.before
+        self.before.following[self.tokens] = self
+        insort(self.before.in_order, self.tokens)
+
+    def detach(self) -> None:
+        """Let the page before this one forget it."""
+        assert self.before
+        del self.before.following[self.tokens]
+        del self.before.in_order[bisect_left(self.before.in_order, self.tokens)]
+
+    def closest(self, tokens: Tokens) -> tuple[int, Tokens]:
+        """Return the tokens of the following page that agrees longest with ``tokens``, after the number of equal ones.
+
+        In ascending order, such a page is next to the place of ``tokens``.  Without a page, the result is (0, ()).
+        """
+        place = bisect_left(self.in_order, tokens)
+        both_sides = self.in_order[max(0, place - 1) : place + 1]
+        return max(((count_equal(one, tokens), one) for one in both_sides), default=(0, ()))
 
 
 @dataclass
@@ -116,8 +140,8 @@ class PrefixCache:
         for number, before, tokens, rows in pages:
             parent = known[before]
             self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
-            page = _Page(number, parent, tokens, parent.end + len(tokens), rows, restored=True)
-            parent.following[tokens] = known[number] = page
+            known[number] = _Page(number, parent, tokens, parent.end + len(tokens), rows, restored=True)
+            known[number].attach()
         for page in reversed([*known.values()][1:]):
             self._set_unused(page)
         self._added = len(pages)
@@ -187,11 +211,11 @@ class PrefixCache:
         one = self._sequences[number]
         if not (one.takes and cached == one.page.end):
             return None
-        left = one.prompt[cached : len(one.prompt) - 1]
-        equal = [(count_equal(tokens, left), page) for tokens, page in one.page.following.items()]
-        tokens, page = max(equal, key=lambda pair: pair[0], default=(0, self._root))
+        left = tuple(one.prompt[cached : min(cached + self.page_tokens, len(one.prompt) - 1)])
+        tokens, key = one.page.closest(left)
         if 4 * tokens < self.page_tokens:
             return None
+        page = one.page.following[key]
         if page.number in self._unused:
             self._unused.move_to_end(page.number)
         return self._count_reused(page, tokens)
@@ -255,7 +279,8 @@ class PrefixCache:
             return None  # even without all other pages
         while any(stored + new > self.limit for stored, new in zip(self.rows, rows, strict=True)):
             self._evict_one()
-        page = before.following[tokens] = _Page(self._added, before, tokens, end, rows)
+        page = _Page(self._added, before, tokens, end, rows)
+        page.attach()
         self._added += 1
         self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
         self._store.append(NewPage(page.number, sequence, begin, end, before.number))
@@ -267,7 +292,7 @@ class PrefixCache:
             return False
         _, page = self._unused.popitem(last=False)
         assert page.before and not page.following, "a page leaves after those that follow it"
-        del page.before.following[page.tokens]
+        page.detach()
         self.rows = _difference(self.rows, page.rows)
         self._unused_rows = _difference(self._unused_rows, page.rows)
         self._evict.append(page.number)

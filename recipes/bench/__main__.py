@@ -3,6 +3,7 @@
 import sys
 
 from recipes.bench import (
+    attention,
     convergence,
     crossover,
     decode,
@@ -25,6 +26,10 @@ from recipes.bench import (
 from recipes.common.cli import console, main, print_error
 
 SUBJECTS = {
+    "attention": (
+        attention.task,
+        "attention of one layer: our strategies beside Transformer Engine's context parallelism",
+    ),
     "convergence": (convergence.task, "loss curves of the same training run on one rank and on a mesh"),
     "crossover": (crossover.task, "time to first token by miss rate, with pass-KV and pass-Q; choice of each rule"),
     "decode": (decode.task, "time to incremental token (TTIT), by decode strategy"),

@@ -22,7 +22,7 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
     """
     import torch
 
-    from longctx.megatron.few_rows import linear
+    from longctx.megatron.products import linear
     from longctx.parallel.measure.probe import probe_decode
     from recipes.common.target import proves_sharded
 

@@ -20,7 +20,7 @@ from longctx.attention import triton_flash, triton_kernels
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "gpu" / "triton.md"
 BEGIN, END = "<!-- the table: written by tests/attention/cubins.py -->\n", "<!-- the end of the table -->\n"
-KERNELS = ("forward", "backward_q", "backward_kv")
+KERNELS = ("forward", "backward_q", "backward_kv", "merge")
 ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 # float16 uses what bfloat16 does.
 HEAD_DIMS = {torch.bfloat16: (64, 128, 256), torch.float32: (64,)}
@@ -30,10 +30,13 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return registers, spills, shared memory and size of the cubin of ``kernel`` for compute capability ``arch`` / 10.
 
-    The kernel is compiled for causal tiles: it then has the loop for full tiles, and a loop for the diagonal.
+    Attention is compiled for causal tiles: it then has the loop for full tiles, and a loop for the diagonal.
     """
     q = torch.empty(1, 1024, 6, head_dim, dtype=dtype, device="meta")
-    options = triton_flash.arguments(kernel, q, q[:, :, :2], causal=True) | {"INTERPRETED": False}
+    if kernel == "merge":
+        options = triton_flash.merge_arguments(q, 0, q.shape[1])
+    else:
+        options = triton_flash.arguments(kernel, q, q[:, :, :2], causal=True) | {"INTERPRETED": False}
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     function = getattr(triton_kernels, kernel)
     signature, constants, attributes = {}, {}, {}
@@ -50,7 +53,7 @@ def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> di
     return {
         "kernel": kernel, "architecture": ARCHITECTURES[arch], "head_dim": head_dim, "dtype": DTYPES[dtype],
         **_registers(binary.asm["ptx"], arch), "shared_bytes": binary.metadata.shared,
-        "rows": options["ROWS"], "keys": options["KEYS"], **launch, "cubin_bytes": len(binary.asm["cubin"]),
+        "rows": options["ROWS"], "keys": options.get("KEYS"), **launch, "cubin_bytes": len(binary.asm["cubin"]),
     }  # fmt: skip
 
 
@@ -97,7 +100,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells = [row for row in rows if key.items() <= row.items()]
                 first = cells[0]
                 words = (f"{x['registers']} / {x['shared_bytes'] // 1024} / {x['spilled_bytes']}" for x in cells)
-                block = f"{first['rows']} x {first['keys']} | {first['num_warps']}"
+                keys = f" x {first['keys']}" if first["keys"] else ""
+                block = f"{first['rows']}{keys} | {first['num_warps']}"
                 lines.append(f"| {DTYPES[dtype]} | {head_dim} | {kernel} | {block} | {' | '.join(words)} |")
     return "\n".join(lines) + "\n"
 

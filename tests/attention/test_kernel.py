@@ -1,5 +1,6 @@
 """Kernels compute the oracle's attention of a tile, and the tile's contribution to the gradients."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -238,7 +239,7 @@ def test_partials_of_adjacent_tiles_are_merged_at_once(monkeypatch, max_rows, me
     """Four short documents, each with cached rows: a rectangle and a triangle each."""
     monkeypatch.setattr(kernel_module, "_MAX_MERGED_ROWS", max_rows)
     calls = []
-    monkeypatch.setattr(kernel_module, "merge_", lambda total, *rest: (calls.append(rest), merge_(total, *rest)))
+    counting = replace(reference, merge=lambda total, *rest: (calls.append(rest), merge_(total, *rest)))
     new, cached = [2, 3, 1, 5], [3, 2, 7, 1]
     begins = list(accumulate(new, initial=0))
     keys = list(accumulate(map(sum, zip(new, cached, strict=True)), initial=0))
@@ -246,7 +247,7 @@ def test_partials_of_adjacent_tiles_are_merged_at_once(monkeypatch, max_rows, me
     own = [Tile(q, q + n, k + c, k + c + n, causal=True) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
     q, k, v, _ = random_inputs(6, 2, sum(new), sum(new) + sum(cached), 5)
     total = empty_partial(q)
-    attend_tiles(total, q, k, v, [*own, *full], reference)
+    attend_tiles(total, q, k, v, [*own, *full], counting)
     mask = oracle.visible(
         oracle.pack_rows(new, cached), oracle.pack_rows([n + c for n, c in zip(new, cached, strict=True)])
     )
@@ -282,13 +283,13 @@ def test_rows_outside_all_tiles_are_unchanged(kernel):
     ],
     ids=str,
 )
-def test_one_tile_of_all_rows_is_not_merged(monkeypatch, tiles, merged):
+def test_one_tile_of_all_rows_is_not_merged(tiles, merged):
     q, k, v, _ = random_inputs(6, 2, 5, 7, 13)
     expected = empty_partial(q)
     attend_tiles(expected, q, k, v, tiles, reference)
     merges = []
-    monkeypatch.setattr(kernel_module, "merge_", lambda *args: merges.append(args) or merge_(*args))
-    result = attend_over(q, k, v, tiles, reference)
+    counting = replace(reference, merge=lambda *args: merges.append(args) or merge_(*args))
+    result = attend_over(q, k, v, tiles, counting)
     oracle.assert_close(result.out, expected.out, 1e-14)
     oracle.assert_close(result.lse.nan_to_num(neginf=0), expected.lse.nan_to_num(neginf=0), 1e-14)
     assert bool(merges) == merged

@@ -16,7 +16,7 @@ from longctx.attention.backends import kernel_for
 from longctx.attention.kernel import attend_tiles, tile_gradients
 from longctx.attention.layout import contiguous
 from longctx.attention.mask import window
-from longctx.attention.partial import Partial, empty_partial, merge
+from longctx.attention.partial import Partial, empty_partial, merge, merge_
 from longctx.attention.tiles import visible_tiles
 from longctx.attention.triton_flash import BlockSizes, interpreted
 from tests import oracle
@@ -80,6 +80,9 @@ MUTATIONS = {
     "the future seen": ("if CAUSAL:\n            seen = seen", "if not CAUSAL:\n            seen = seen"),
     "delta of the wrong sign": ("INTERPRETED) - delta)", "INTERPRETED) + delta)"),
     "keys after the last one": ("seen = keys < sk", "seen = keys >= 0"),
+    "weights of a merge exchanged": ("out_a * weight_a + out_b * weight_b", "out_a * weight_b + out_b * weight_a"),
+    "merged into the first rows": ("head, first + row, D, ROWS", "head, row, D, ROWS"),
+    "NaN of an unseen row": ('out_b = tl.where(b == float("-inf"), 0.0, ', "out_b = ("),
     "layout transposed": (
         "* length + first) * heads + head) * D\n    return start + rows * (heads * D)",
         "* heads + head) * length + first) * D\n    return start + rows * D",
@@ -103,8 +106,29 @@ def test_mistake_in_the_kernels_is_noticed(monkeypatch, tmp_path, mistake):
 
 
 def compare_small_tiles(monkeypatch) -> None:
+    test_merge_equals_that_of_torch_in_float64((2, 61, 23, 33), 17)
     for case in ((19, 19, 5, True), (3, 19, 5, False)):
         test_float32_partials_and_gradients_match_the_oracle(monkeypatch, (16, 16), 1, 4, 2, *case)
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("sizes", "first"), [((1, 53, 53, 7), 0), ((2, 61, 23, 33), 17), ((1, 40, 16, 128), 24), ((1, 3, 3, 1), 0)], ids=str
+)
+def test_merge_equals_that_of_torch_in_float64(sizes, first):
+    """Rows that see keys of one side only, or of neither: out may then be NaN in the merged part, not in the total."""
+    batch, length, sq, d = sizes
+    torch.manual_seed(0)
+    total, part = (Partial(torch.randn(batch, n, 3, d), 3 * torch.randn(batch, n, 3)) for n in (length, sq))
+    for x, unseen in ((total, (first, first + 2)), (part, (1, 2))):
+        x.lse[:, unseen] = -torch.inf
+        x.out[:, unseen] = 0 if x is total else torch.nan
+    exact = Partial(total.out.double(), total.lse.double())
+    merge_(exact, slice(first, first + sq), Partial(part.out.double(), part.lse.double()))
+    interpreted.merge(total, slice(first, first + sq), part)
+    assert torch.equal(total.lse == -torch.inf, exact.lse == -torch.inf)
+    oracle.assert_close(total.out, exact.out, 1e-7)
+    oracle.assert_close(*(x.lse.masked_fill(exact.lse == -torch.inf, 0) for x in (total, exact)), 1e-7)
 
 
 @interpreter
@@ -191,7 +215,7 @@ def test_kernels_compile_for_gpus(tmp_path):
     code = (
         "import json, torch; from tests.attention.cubins import compile_for as c; print(json.dumps(["
         "c('forward', 80, 64, torch.bfloat16), c('backward_q', 90, 64, torch.bfloat16), "
-        "c('backward_kv', 100, 64, torch.bfloat16)]))"
+        "c('backward_kv', 100, 64, torch.bfloat16), c('merge', 90, 128, torch.bfloat16)]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

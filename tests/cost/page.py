@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from longctx.cost.machine import strategies_differ
 from longctx.cost.machine_file import machine_of
 from recipes.bench.times_report import covering_error
 from tests.cost.predict import (
@@ -25,7 +26,8 @@ KINDS = {"prefill": ("ttft",), "chat": ("turn",), "decode": ("ttit",), "train": 
 INTRO = """\
 # Predicted against published
 
-`make published` writes this page. The docstrings of these files have every formula, with its derivation:
+`make published` writes this page. It compares the times that the cost model predicts with published times. The
+docstrings of these files have every formula, with its derivation:
 
 | file | formulas |
 |---|---|
@@ -42,12 +44,14 @@ INTRO = """\
 | `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
-For each machine, one set of constants predicts all rows. Some constants were fitted to these tables; the machine's file
-in `configs/machine/` lists them, and gives a source for most of the others. "Mean error" and "largest" are errors of
-the predicted time, relative to the published one. "Held out" is the mean error on a table if the constants are fitted
-to the machine's other tables only. A constant that the other tables do not determine then keeps the file's value. The
-column is empty if a machine has one table. `recipes.plan` prints the error that 80 % of the held-out predictions do not
-exceed.
+For each machine, one set of constants predicts all rows. Some constants were fitted to these tables. The machine's file
+in `configs/machine/` lists the fitted constants, and gives a source for most of the others. The columns of the table:
+
+* *Mean error*, *largest*: errors of the predicted time, relative to the published time.
+* *Held out*: the mean error on a table after fitting to the machine's other tables only. (A constant that the other
+  tables do not determine keeps the value of the file.) The column is empty if a machine has one table.
+
+`recipes.plan` prints an error that 80 % of the held-out predictions do not exceed.
 """
 WHY = """\
 ## Rows that are missed by more than 10 %
@@ -59,21 +63,23 @@ These are the reasons, as far as they are known:
 * **Table 4, T = 6,400**: the published times for T = 4,160 and T = 6,400 new tokens are nearly equal. The predicted
   time grows with T, and is too short for 4,160 and too long for 6,400.
 * **Table 6 of arXiv 2405.07719, ring 16**: in the backward, the float32 sums of gradients take 16 hops, and in each hop
-  some ranks send to the other node. Computation already hides as much of a hop as fits behind it (`overlap: 1.0`); the
-  published steps are faster still. The reason is not known.
+  some ranks send to the other node. The cost model already lets computation hide as much of each hop as possible
+  (`overlap: 1.0`). The published steps are faster still. The reason is not known.
 * **The same table, tp = 2**: at 65,536 tokens, the published steps with tp = 2 are 21 to 40 % longer than with tp = 4,
-  but only 12 % longer at 122,880. The paper gives no reason. The cost model predicts a part of this. Gradients are
-  summed in groups of ulysses x ring x dp ranks. With tp = 2, such a group consists of every second rank, and the cost
-  model gives it one network link.
+  but only 12 % longer at 122,880. The paper gives no reason. The cost model predicts a part of the difference.
+  Gradients are summed in groups of ulysses x ring x dp ranks. With tp = 2, such a group consists of every second rank,
+  and the cost model gives the group one network link.
 
 In two cases, arXiv 2411.01783 gives two times for what seems to be the same run. TTIT of 2 nodes with 128,000 tokens is
 66.63 ms in Table 6 and 60.23 ms in Table 7; no model can match both. A full prefill of 128,000 tokens on 4 nodes takes
-11.46 s in Table 4 and 10.95 s in Table 7. The cost model explains this difference: the runs of Table 4 also keep the
-keys and values for later turns, for which the constant `turn_s` adds a time.
+11.46 s in Table 4 and 10.95 s in Table 7. The cost model attributes this difference to the cache: the runs of Table 4
+also keep the keys and values for later turns. The constant `turn_s` is the time that this takes.
 
-Two groups of rows of arXiv 2405.07719 are not used. One is the A100 rows at 128K in its Table 4: they reach a third of
-the FLOPs per second of the 32K rows, and probably include the backward. The rows of 131,072 tokens in `usp_a100` below
-come from the authors' README instead. The other is the rows of the basic ring, whose ranks have unequal work.
+Two groups of rows of arXiv 2405.07719 are not used:
+
+* The A100 rows at 128K in its Table 4. They reach a third of the FLOPs per second of the 32K rows, and probably include
+  the backward. The rows of 131,072 tokens in `usp_a100` below come from the authors' README instead.
+* The rows of the basic ring, whose ranks have unequal work.
 """
 
 
@@ -157,7 +163,9 @@ def expected(hardware: str) -> Iterator[str]:
             ]
             axes = [axis for axis in vars(rows[0].mesh) if any(getattr(row.mesh, axis) > 1 for row in rows)]
             share, ranks = covering_error(errors), max(row.mesh.ranks for row in rows)
-            yield f"  {kind}: {{share: {share:.3f}, axes: [{', '.join(axes)}], ranks: {ranks}}}"
+            strategies = dict.fromkeys(row.strategy for row in rows if strategies_differ(kind, row.mesh))
+            limits = f"axes: [{', '.join(axes)}], ranks: {ranks}, strategies: [{', '.join(strategies)}]"
+            yield f"  {kind}: {{share: {share:.3f}, {limits}}}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from longctx.infer.prefill import run_pass, run_replicated
 from longctx.infer.session import Session
 from longctx.infer.session_index import read_index
 from longctx.infer.store import load, save
-from longctx.megatron.few_rows import linear
+from longctx.megatron.products import linear
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, Shape

@@ -1,6 +1,5 @@
 """Schedules of every strategy match on every mesh to 8 ranks, and planted faults are found."""
 
-import jaxtyping
 import pytest
 import torch
 
@@ -24,12 +23,6 @@ LAYOUTS = {
     "window": (lambda size: contiguous(41, size), causal_within(6)),
 }
 F32, CPU = torch.float32, torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_type_checks(monkeypatch):
-    """Switch off type checks, since thousands of calls are recorded; other tests check the functions' signatures."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def heads_for(ulysses: int) -> dict[str, int]:

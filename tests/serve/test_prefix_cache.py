@@ -10,7 +10,7 @@ import pytest
 from longctx.attention.layout import Layout, striped, zigzag
 from longctx.attention.spans import Span
 from longctx.config import Sampling
-from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage, TakenPage, fitting
+from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage, TakenPage, count_equal, fitting
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 PAGE, RANKS = 3, 2
@@ -232,6 +232,25 @@ def test_first_tokens_of_the_page_that_agrees_longest_are_taken():
     prefixes.enter(7, (6,) * 8)
     prefixes.give(7, (6,) * 8, layout)
     assert prefixes.changes()[1] == (2,)
+
+
+def test_part_is_the_longest_of_all_pages():
+    draw = random.Random(5)
+    prefixes, layout, pages = PrefixCache(7, 10_000, 1), zigzag(7, 1), {}
+    for number in range(300):
+        tokens = tuple(draw.choices(range(3), k=7))
+        prefixes.enter(number, tokens)
+        prefixes.give(number, tokens, layout)
+        prefixes.leave(number)
+        pages.setdefault(tokens, len(pages))
+    for number in range(300, 400):
+        prompt = tuple(draw.choices(range(4), k=draw.randint(1, 9)))
+        prefixes.enter(number, prompt)
+        part = prefixes.take_part(number, 0)
+        equal = {page: count_equal(tokens, prompt[:-1]) for tokens, page in pages.items()}
+        longest = max(equal.values())
+        assert part == ((part.number, longest) if longest >= 2 else None)
+        assert part is None or equal[part.number] == longest
 
 
 def test_sequence_that_waits_for_a_page_takes_no_part_of_another():

@@ -10,6 +10,7 @@ import torch
 from longctx.attention.kernel import Kernel
 from longctx.cost.decode import DecodeHardware
 from longctx.cost.hardware import Hardware, LayerRates, Link
+from longctx.onednn import Products
 from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
@@ -96,7 +97,8 @@ def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
     """
     side = _SIDE[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    return 2 * side**3 / _slowest(world, lambda: a @ b, device)
+    with Products():
+        return 2 * side**3 / _slowest(world, lambda: torch.matmul(a, b), device)
 
 
 @torch.inference_mode()

@@ -183,7 +183,7 @@ def _take_cpu_tensors() -> None:
             construct(self, *args, **kwargs)
 
     def prepare_forward(
-        self: Any, x: Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False, **_: Any
+        self: Any, x: Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False, *_: Any, **__: Any
     ) -> Tensor:
         assert self.tp_size == 1 or self.tp_group_initialized
         self.set_activation_dtype(x)

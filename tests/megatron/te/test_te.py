@@ -3,15 +3,12 @@
 The checks run in one separate process (`checks`); each test below asserts the results of one check.
 """
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import LlamaConfig
 
 from tests.megatron.kinds import random_model
@@ -19,10 +16,9 @@ from tests.megatron.spd.spd_ranks import unshard
 from tests.megatron.spd.test_layer import oracle
 from tests.megatron.te.capabilities import BEGIN, END, PAGE, table
 from tests.megatron.te.checks import FP8, LAYER_CASES, PROMPT
+from tests.megatron.te.conftest import of_ranks
 from tests.oracle import assert_close
 
-VERSION = "2.20.2"
-ROOT = Path(__file__).parents[3]
 # One of each block that Transformer Engine's layers can express; heads and neurons that 2 and 3 ranks can share.
 NAMES = (
     "tied llama", "llama with all biases", "mistral, a window in all layers", "qwen2, with biases", "qwen3", "smollm3",
@@ -46,28 +42,8 @@ LARGE = {
 }  # fmt: skip
 
 
-def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
-
-
 @pytest.fixture(scope="session")
-def wheel() -> Path:
-    """Folder of Transformer Engine's Python code, without its compiled core, which pip fetches once (1.2 MB)."""
-    folder = Path(os.environ.get("LONGCTX_CACHE", "~/.cache/longctx")).expanduser() / f"transformer-engine-{VERSION}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--upgrade"]
-            done = run([*pip, "--target", partial, f"transformer-engine=={VERSION}"])
-            if done.returncode:
-                pytest.skip(f"Transformer Engine's wheel cannot be fetched: {done.stderr.strip()[-300:]}")
-            partial.rename(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def results(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(run_checks: Callable[[str, Path], None], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("te")
     for kind in NAMES:
         random_model(kind, folder / "models" / kind, **SIZES)
@@ -75,16 +51,8 @@ def results(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         random_model(kind, folder / "wide" / kind, **WIDE)
     random_model("tied llama", folder / "small", **SMALL)
     LlamaConfig(**LARGE, tie_word_embeddings=False).save_pretrained(folder / "large")
-    environment = {**os.environ, "LONGCTX_TE": str(wheel), "OMP_NUM_THREADS": "1"}
-    done = run([sys.executable, "-m", "tests.megatron.te.checks", folder], env=environment)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_checks("checks", folder)
     return torch.load(folder / "results.pt", weights_only=False)
-
-
-def of_ranks(results: dict[str, Any], check: str) -> list[Any]:
-    ranks = results[check]
-    assert not isinstance(ranks, str), ranks
-    return ranks
 
 
 def test_logits_of_one_rank_are_bit_equal_to_those_of_local_layers_and_exports_to_the_source(results):

@@ -36,4 +36,4 @@ def test_an_unknown_subject_is_refused_with_the_list(capsys):
         bench.run_benchmark(["decoding", "rounds=1"])
     err = capsys.readouterr().err
     assert leaving.value.code == 2
-    assert "decoding is not a benchmark" in err and "use convergence, crossover, decode" in " ".join(err.split())
+    assert "decoding is not a benchmark" in err and "use attention, convergence, crossover" in " ".join(err.split())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.megatron import few_rows
+from longctx.megatron import products
 from tests import oracle
 
 
@@ -15,7 +15,7 @@ def test_products_equal_float64(rows, m, begin, end, biased):
     weight, bias = torch.randn(m, 17)[:, begin:end], torch.randn(m) if biased else None
     x = torch.randn(*rows, end - begin)
     with torch.inference_mode():
-        out = few_rows.linear(x, weight, bias)
+        out = products.linear(x, weight, bias)
     exact = torch.einsum("sbn,mn->sbm", x.double(), weight.double())
     oracle.assert_close(out, exact if bias is None else exact + bias.double(), 1e-6)
     assert out.is_contiguous()
@@ -36,7 +36,7 @@ def test_batched_product_is_for_few_float32_rows_without_gradients(monkeypatch, 
     monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args) or bmm(*args))
     weight = torch.randn(6, 5, dtype=dtype, requires_grad=True)
     with torch.set_grad_enabled(gradients):
-        out = few_rows.linear(torch.randn(rows, 1, 5, dtype=dtype), weight)
+        out = products.linear(torch.randn(rows, 1, 5, dtype=dtype), weight)
     assert (len(calls), out.requires_grad) == (int(batched), gradients)
 
 
@@ -45,6 +45,6 @@ def test_transposed_rows_are_one_product(dtype):
     """The embedding's output [b s n], seen as [s b n]: PyTorch's linear layer multiplies each row alone."""
     x, weight = torch.randn(1, 5, 6, dtype=dtype).transpose(0, 1), torch.randn(7, 6, dtype=dtype)
     with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        out = few_rows.linear(x, weight)
+        out = products.linear(x, weight)
     assert "aten::bmm" not in {event.name for event in profile.events()}
     assert torch.equal(out[:, 0], torch.nn.functional.linear(x[:, 0], weight))
