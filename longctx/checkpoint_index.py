@@ -1,7 +1,7 @@
 """Find a run's whole checkpoints on disk and read their metadata, without importing torch."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,18 @@ def latest_whole(folder: Path, fault: Callable[[Path], str] = fault_of) -> tuple
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint.name} is corrupt: {reason}")
     return None, passed_over
+
+
+def refuse_none_whole(folder: Path, place: Path | None, passed_over: Sequence[str]) -> None:
+    """Raise ValueError if ``folder`` has checkpoints, but none is whole: a run would begin again and remove them.
+
+    ``place`` and ``passed_over`` are the result of `latest_whole`.
+    """
+    if place is None and checkpoint_folders(folder):
+        raise ValueError(
+            f"{folder} has checkpoints, but none is whole ({'; '.join(passed_over)}): restore one to resume; to begin "
+            "again, delete them or give another out="
+        )
 
 
 def write_index(checkpoint: Path, metadata: Mapping[str, Any], checksums: Mapping[str, int]) -> None:

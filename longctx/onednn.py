@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from longctx.shapes import Float, Tensor
 
 _LEAST_WORK = 2**20  # multiplications; below, a call of oneDNN takes longer than the product
+_LEAST_INNER = 32  # numbers of rows and columns of the second matrix; narrower ones gain nothing
 _product: Any = torch.ops.mkldnn._linear_pointwise
 
 
@@ -49,7 +50,7 @@ def _is_exact() -> bool:
 def multiplies(a: Float[Tensor, "*rows k"], b: Float[Tensor, "*k n"]) -> bool:
     """Return True if `multiply` is faster than MKL for ``a`` @ ``b``; both must then be free of gradients."""
     is_float32 = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
-    is_large = a.numel() * b.shape[-1] >= _LEAST_WORK
+    is_large = a.numel() * b.shape[-1] >= _LEAST_WORK and min(b.shape) >= _LEAST_INNER
     return is_float32 and is_large and b.ndim == 2 and _is_dense(b) and is_faster()
 
 

@@ -63,10 +63,10 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
     import torch
 
     from longctx.megatron.attention import Pass, rotary_tables
-    from longctx.megatron.products import linear
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model, hidden_states
+    from longctx.megatron.products import linear
     from longctx.parallel.measure.probe import probe_layer
 
     if target.shape.mixture or target.mesh.tp > 1:

@@ -24,8 +24,8 @@ from recipes.common.renamed import rename_flat
 # ``max_logit_diff`` is rounding, whose size differs between machines and versions.  The way to decode, which
 # ``context.decode=auto`` chooses by measured rates, changes bytes and rounding only.
 MEASURED = re.compile(
-    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff|"
-    r"decode_strategy|decode_choices\.\d+|context\.decode|bytes_sent|\bpython|\btorch)$"
+    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|(?<![a-z])(processor|cores|command|commit|host|why)|"
+    r"max_logit_diff|decode_strategy|decode_choices\.\d+|context\.decode|bytes_sent|\bpython|\btorch)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
 _TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend", "recipes.finetune")

@@ -63,15 +63,17 @@ def checkpoint_of(name: str) -> Path:
     return place
 
 
-def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, lora: LoRA, to: Path) -> None:
+def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, lora: LoRA, to: Path) -> float:
     """Load the checkpoint on one rank, merge its adapters if it has any, and write the folder ``to``.
 
-    ``scratch`` is the folder with the model's configuration and tokenizer.  A ``lora`` of rank None means no adapters.
+    ``scratch`` is the folder with the model's configuration and tokenizer; ``dtype`` is that of the run.  A ``lora`` of
+    rank None means no adapters.  With adapters, all weights are written in float32.  Returns the `rounded_share` of a
+    merge in ``dtype``.
     """
     import torch
 
     from longctx.megatron.hf_io import export
-    from longctx.megatron.lora import attach_adapters, merge_adapters
+    from longctx.megatron.lora import attach_adapters, merge_adapters, rounded_share
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
@@ -82,8 +84,11 @@ def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, lor
         if lora.rank:
             attach_adapters(net, lora, seed=0)
         checkpoint.load_weights(checkpoint_folder, net)
-        merge_adapters(net)
+        share = rounded_share(net)
+        if lora.rank:
+            merge_adapters(net.float())
         export.save(net, shape, to, scratch)
+        return share
 
 
 def prepare(config: DictConfig) -> tuple[Path, Path]:
@@ -120,7 +125,8 @@ def refuse_unexportable(place: Path, to: Path) -> None:
             "output depends on the number of ranks, and transformers cannot run it; to get a model that can be "
             "exported, train with spd=none"
         )
-    needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
+    dtype = "float32" if lora_of(config).rank else config["model"]["dtype"]
+    needed = weights_of(shape_of(model_of(place))) * getattr(torch, dtype).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
         raise ValueError(
             f"to={to} has {free / 1e9:.2f} GB free, but the weights take {needed / 1e9:.2f} GB: give a to= on another "
@@ -140,9 +146,8 @@ def run_of(place: Path) -> Path:
     return next((run for run in runs if (run / "model" / "config.json").is_file()), runs[0])
 
 
-def lora_of(metadata: Mapping[str, Any]) -> LoRA:
-    """Return the settings of the adapters in a checkpoint with ``metadata``; for version 0.1, those of no adapters."""
-    config = metadata["config"]
+def lora_of(config: Mapping[str, Any]) -> LoRA:
+    """Return the settings of adapters in a checkpoint's ``config``; for version 0.1, those of no adapters."""
     return section(as_config({"lora": config["lora"]}), "lora", LoRA) if "lora" in config else LoRA()
 
 
@@ -151,10 +156,16 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(["longctx.megatron.training.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
     metadata = checkpoint_index.read_metadata(place)
+    dtype, lora = metadata["config"]["model"]["dtype"], lora_of(metadata["config"])
     if line := checkpoint_index.unchecked_line(place):
         say(line)
     with hold(lock_beside(to), f"to={to}"):
-        run_ranks(1, run_rank, place, model_of(place), metadata["config"]["model"]["dtype"], lora_of(metadata), to)
+        (share,) = run_ranks(1, run_rank, place, model_of(place), dtype, lora, to)
+    if lora.rank and dtype == "bfloat16":
+        say(
+            f"adapters are merged in float32: in bfloat16, rounding would change the weights by {share:.0%} of what "
+            "the adapters add (in norm); use the folder in float32, too"
+        )
     console.print(
         f"step {metadata['step']} of {run_of(place)} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"
     )

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil, prod
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from pydantic import PositiveFloat, PositiveInt
 from rich.table import Table
 
 from longctx.config import ModelSource
+from longctx.cost.numerals import three_digits
 from longctx.hf.config import refuse_untrainable, shape_of
 from longctx.hf.locate import locate
 from longctx.text_file import write_text
@@ -170,8 +172,8 @@ def strategies_in_words(plan: Plan) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Return ``seconds`` with three digits, in s or ms."""
-    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
+    """Return ``seconds`` with three digits, or more from 1,000 s on, in s or ms."""
+    return f"{three_digits(seconds)} s" if seconds >= 1 else f"{three_digits(seconds * 1e3)} ms"
 
 
 def show(job: PlanJob, plans: Sequence[Plan]) -> None:
@@ -270,11 +272,14 @@ def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
     question, settings = job.question, job.settings
     assert settings.picture
     lengths = settings.lengths or [max(1, question.work.context >> shift) for shift in range(5, -1, -1)]
+    fastest = dict[str, dict[str, float]]()  # by mesh: the memory of its fastest strategy
+    for plan in feasible:
+        fastest.setdefault(str(plan.mesh), plan.memory_parts)
     draw_plan(
         settings.picture,
         lengths,
         best_by_strategy(question, lengths),
-        {str(plan.mesh): plan.memory_parts for plan in feasible[:4]},
+        dict(islice(fastest.items(), 4)),
         limit=question.memory_gb,
         title=f"{job.model.name}, {question.gpus} GPUs of {settings.hardware}, {question.work.kind}",
     )
@@ -311,7 +316,8 @@ def task(config: DictConfig) -> None:
 
 def write_plans(out: str, plans: Sequence[Plan]) -> None:
     """Write ``plans`` to ``out`` as a JSON list, one plan per line."""
-    write_text(Path(out), "[\n" + ",\n".join(json.dumps(plan.as_dict()) for plan in plans) + "\n]\n")
+    lines = (json.dumps(plan.as_dict(), allow_nan=False) for plan in plans)
+    write_text(Path(out), "[\n" + ",\n".join(lines) + "\n]\n")
     console.print(f"written to {out}")
 
 

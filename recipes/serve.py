@@ -165,8 +165,29 @@ def prepare(config: DictConfig) -> ServeJob:
         raise ValueError("recipes.serve has not been tested with rounded reductions: leave out reduce")
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
+    refuse_useless_pages(target, cache)
     hardware = read_constants(settings.hardware, target.context.strategy)
     return ServeJob(target, sampling, settings, cache, key, hardware, origin_of(target, cache))
+
+
+def refuse_useless_pages(target: Target, cache: PrefixSettings) -> None:
+    """Raise ValueError for a ``cache`` that can never store a page: no sequence or no rank has room for it."""
+    import torch
+
+    shape, mesh = target.shape, target.mesh
+    heads = max(1, shape.kv_heads // mesh.tp // mesh.ulysses)
+    row = 2 * shape.layers * heads * shape.head_dim * getattr(torch, target.model.dtype).itemsize
+    least = -(-cache.page // mesh.ring) * row / 1e9  # in GB, on the rank with the most rows
+    if cache.gb and cache.page > shape.max_positions:
+        raise ValueError(
+            f"cache.page={cache.page} is above the model's {shape.max_positions:,} positions, so that no page is ever "
+            "full: use a smaller one, or cache.gb=0 for no pages"
+        )
+    if 0 < cache.gb < least:
+        raise ValueError(
+            f"cache.gb={cache.gb:g} has no room for a page, which has {least:.2g} GB on a rank with cache.page="
+            f"{cache.page}: use more, a smaller cache.page, or cache.gb=0 for no pages"
+        )
 
 
 def origin_of(target: Target, cache: PrefixSettings) -> PageOrigin | None:

@@ -223,13 +223,18 @@ def digest(sensitivities: Sensitivities) -> str:
 
 
 def refuse_other_run(job: AdaptJob) -> None:
-    """Raise ValueError if ``out`` has blocks, or a state of joint distillation, that were made with other settings."""
+    """Raise ValueError if ``out`` has blocks, or a state of joint distillation, that were made with other settings.
+
+    Also raises ValueError if ``out`` has states of joint distillation, but none is whole.
+    """
     if has_blocks(job) and job.about_file.is_file():
         folder = job.about_file.parent
         before = read_json(job.about_file, f"use another out=, or remove {folder}; the same command repairs again")
         if changed := changed_keys(before, job.about):
             raise ValueError(f"{folder} has blocks made with other values of {', '.join(changed)}: use another out=")
-    place, _ = checkpoint_index.latest_whole(job.joint_folder)
+    place, passed_over = checkpoint_index.latest_whole(job.joint_folder)
+    if job.joint.steps:
+        checkpoint_index.refuse_none_whole(job.joint_folder, place, passed_over)
     if place and job.joint.steps:
         # The state's metadata also has the order of blocks, losses and file sizes, which may differ.  A state of an
         # earlier version has no joint_text_sha256.

@@ -122,10 +122,11 @@ class Sensitivities:
         """Read a sensitivity.json that `order_from` accepts; ``thresholds`` of this run classify its blocks."""
         values = json.loads(file.read_text())
         blocks = (
-            BlockSensitivity(block["score"], kind_of(block["score"], **vars(thresholds)), block["perplexity"])
+            BlockSensitivity(score, kind_of(score, **vars(thresholds)), float(block["perplexity"]))
             for block in values["blocks"]
+            for score in [float(block["score"])]  # a perplexity beyond a float is the text "inf"
         )
-        return Sensitivities(values["perplexity"], tuple(values["order"]), tuple(blocks))
+        return Sensitivities(float(values["perplexity"]), tuple(values["order"]), tuple(blocks))
 
     def figures(self) -> dict[int, dict[str, float]]:
         """Return, for each block number, the block's figures, under the names that `track` writes to metrics.jsonl."""

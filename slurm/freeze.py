@@ -1,6 +1,7 @@
 """The contents of a job's folder: a copy of the source, each run's settings, and the job script."""
 
 import shutil
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -32,13 +33,20 @@ def freeze_job(plan: JobPlan, work: Path) -> Path:
 
 
 def _copy_source(code: Path) -> None:
-    """Replace ``code`` with the source as it is now, its commit, and its difference from that commit."""
+    """Replace ``code`` with the source as it is now, its commit, and its difference from that commit.
+
+    Compiled files go with the source, so that a job's ranks need not compile it again; Python ignores outdated ones.
+    """
     shutil.rmtree(code, ignore_errors=True)
     code.mkdir(exist_ok=True)
     write_text(code / "COMMIT", commit_of(ROOT) + "\n")  # first: it says that a job wrote this folder
     for file in _source_files():
         (code / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, code / file, follow_symlinks=False)
+        compiled = Path(cache_from_source(file))
+        if file.endswith(".py") and (ROOT / compiled).is_file():
+            (code / compiled).parent.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / compiled, code / compiled)
     write_text(code / "dirty.diff", diff_of(ROOT))
 
 

@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests: one real model, fetched once; ranks forked from one warm process."""
 
+import math
 import os
 import signal
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
+from torch.utils.flop_counter import register_flop_formula
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -23,11 +24,19 @@ from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
 from longctx.parallel.launcher import current_rank
 from recipes.common import cli as recipe_cli
+from tests import signatures
 from tests.tracking import wandb_below
 
 # No deadline for an example: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def count_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Return the FLOPs of a product of oneDNN (`longctx.onednn`), which torch's counter does not know."""
+    return 2 * math.prod(x) * weight[0]
+
 
 # Without a GPU, Triton interprets kernels. It reads the variable when it is first imported, and transformers, which the
 # conftest.py of other folders may load, imports it.
@@ -77,11 +86,6 @@ LONG = (
 )
 
 
-# Files in which signatures are not checked: checking took longer than the many calls.  The functions that they call are
-# checked in other files.
-UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_table.py")
-
-
 def pytest_configure() -> None:
     """Set what processes that the tests start inherit.
 
@@ -92,6 +96,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -113,6 +118,7 @@ SLOW = (
     "infer/test_spd.py",
     "megatron/spd/test_guards.py",
     "megatron/spd/test_layer.py",
+    "megatron/te/test_cp.py",
     "megatron/te/test_te.py",
     "megatron/test_logits.py",
     "megatron/training/test_checkpoint.py",
@@ -122,6 +128,7 @@ SLOW = (
     "recipes/test_bad_inputs.py",
     "recipes/test_calibrate.py",
     "recipes/test_chat.py",
+    "recipes/test_chat_saved.py",
     "recipes/test_extend.py",
     "recipes/test_finetune.py",
     "recipes/test_generate.py",
@@ -203,9 +210,9 @@ def _deterministic_numbers() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _unchecked_signatures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.as_posix().endswith(UNCHECKED):
-        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def _check_first_calls() -> None:
+    """Check the signatures of each function's first calls in this test, too."""
+    signatures.calls.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ def faster(monkeypatch):
     """Take oneDNN for all float32 products, whatever this CPU is."""
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
     monkeypatch.setattr(onednn, "_LEAST_WORK", 0)
+    monkeypatch.setattr(onednn, "_LEAST_INNER", 0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,8 @@ def test_only_large_float32_products_of_a_fast_cpu_take_it(monkeypatch):
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
     assert onednn.multiplies(torch.ones(1024, 32), torch.ones(32, 32))
     assert not onednn.multiplies(torch.ones(1023, 32), torch.ones(32, 32))
+    assert not onednn.multiplies(torch.ones(5000, 32), torch.ones(32, 31))
+    assert not onednn.multiplies(torch.ones(5000, 31), torch.ones(31, 32))
     assert not onednn.multiplies(torch.ones(1024, 32), torch.ones(1024, 32, 32))
     assert onednn.multiplies(torch.ones(1024, 32), torch.ones(64, 32)[32:].T)
     assert not onednn.multiplies(torch.ones(1024, 32), torch.ones(32, 64)[:, 32:]), "oneDNN is slow for such views"

@@ -151,9 +151,14 @@ def is_near_chance(outcomes: Sequence[float], chance: float) -> bool:
     """Return True unless the accuracy is better than ``chance`` by a one-sided exact binomial test at 95 %.
 
     Only the first `SCREENED` outcomes count, so that the choice of averaged tasks does not depend on the sample size.
+    With chance 0, any outcome above 0 is better.  Outcomes that are shares count as the whole answers in their sum,
+    rounded down.  They vary less than whole answers, so the test is cautious.
     """
     screened = outcomes[:SCREENED]
-    return bool(binomtest(round(sum(screened)), len(screened), chance, "greater").pvalue > 1 - LEVEL)
+    if not chance:
+        return not any(screened)
+    whole = int(sum(screened) + 1e-9)
+    return bool(binomtest(whole, len(screened), chance, "greater").pvalue > 1 - LEVEL)
 
 
 @dataclass(frozen=True)

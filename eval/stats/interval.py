@@ -1,6 +1,7 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
-For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
+For one task it is Tango's interval (Statistics in Medicine 17, 1998), with a correction for skewness that can only
+widen it.  For several tasks, each candidate average is
 tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  Its width
 is never 0: even if no example changed, small true rates of change are possible.
 """

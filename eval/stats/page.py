@@ -1,12 +1,12 @@
 """The report for people: report.md, and the table that a terminal shows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
 
 from rich.table import Table
 
-from eval.stats.compare import SCREENED
+from eval.stats.compare import SCREENED, decide
 from eval.stats.depths import PARTS
 from eval.stats.lengths import EFFECTIVE
 from eval.stats.report import AVERAGE, Figures, Report
@@ -35,16 +35,21 @@ def markdown(report: Report) -> str:
 
 
 def summary(report: Report) -> Table:
-    """Return a table for a terminal: the averages, or the scores by task if no variants are compared."""
+    """Return a table for a terminal: the averages, or the scores by task if there are no variants or no averages."""
     if len(report.variants) == 1:
         table = Table("task", "examples", "accuracy", box=None)
         for task, by_variant in report.tasks.items():
             (figures,) = by_variant.values()
             table.add_row(task, f"{figures['n']:,}", _score(figures, digits=2))
         return table
+    if not report.average:
+        table = Table("task", "variant", *_COMPARED, box=None)
+        for cells in _compared(report, list(report.variants)):
+            table.add_row(*cells)
+        return table
     table = Table("variant", *_COMPARED, box=None)
     for name, figures in report.average.items():
-        table.add_row(name, *_cells(figures, report.average[BASELINE]))
+        table.add_row(name, *_cells(figures, report.average[BASELINE], report.allowed_drop))
     return table
 
 
@@ -52,6 +57,8 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
     if not others:
         return []
     gate, drop = report.gate, f"{100 * report.allowed_drop:g} point(s)"
+    if not report.average:
+        return ["Differences are paired, with 95 % intervals. Perplexities have no verdict."]
     parts = [
         "Differences are paired, with 95 % intervals, which decide the verdicts. "
         f"No worse means that even the lower end of the interval is a loss below {drop}."
@@ -78,13 +85,16 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
 def _averages(report: Report) -> str:
     table_rows, base = [], report.average.get(BASELINE)
     for name, variant in report.variants.items():
-        cells = _cells(report.average[name], base) if name in report.average else [""] * len(_COMPARED)
+        cells = [""] * len(_COMPARED)
+        if name in report.average:
+            cells = _cells(report.average[name], base, report.allowed_drop)
         speed = f"{variant.tokens_per_s:,.0f}" if variant.tokens_per_s else ""
         table_rows.append([name, f"{variant.dropped:.0%}", variant.mesh, *cells, speed])
-    tasks = ", ".join(report.averaged) or "no task of accuracy"
+    tasks = ", ".join(report.averaged)
+    words = f"The {AVERAGE} of {tasks}; each task has the same weight." if tasks else "No task has accuracies."
     table = _table(["variant", "dropped", "mesh", *_COMPARED, "tokens/s"], table_rows)
     notes = [f"* {line}" for line in verdicts_on_one_task(report)]
-    return "\n\n".join([f"The {AVERAGE} of {tasks}; each task has the same weight.", table, *notes])
+    return "\n\n".join([words, table, *notes])
 
 
 def verdicts_on_one_task(report: Report) -> list[str]:
@@ -138,8 +148,8 @@ def _margins(report: Report, others: Sequence[str]) -> list[str]:
 def _margin(margin: Mapping[str, float | None]) -> str:
     """Return a table cell with the difference ``margin`` of log-probability margins (nats) and its interval."""
     low, high = margin["low"], margin["high"]
-    ends = "(few examples)" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
-    return f"{margin['difference']:+.3f} {ends}"
+    ends = "(few examples)" if low is None or high is None else f"[{low:+z.3f}, {high:+z.3f}]"
+    return f"{margin['difference']:+z.3f} {ends}"
 
 
 def _blocks(report: Report) -> list[str]:
@@ -196,11 +206,13 @@ def _cell(score: float | None, count: int) -> str:
 
 
 def _notes(report: Report) -> str:
+    words = "Accuracy, or perplexity per word where the cell says so."
     if not report.near_chance:
-        return "Accuracy, or perplexity where the cell says so."
+        return words
     is_left_out = set(report.near_chance).isdisjoint(report.averaged)
     return (
-        f"Near chance{', and left out of the average' if is_left_out else ''}: {', '.join(report.near_chance)}. "
+        f"{words} Near chance{', and left out of the average' if is_left_out else ''}: "
+        f"{', '.join(report.near_chance)}. "
         f"There the baseline's first {SCREENED} answers are not better than guessing (one-sided exact test, 95 %): "
         "a difference says nothing about the variant."
     )
@@ -217,17 +229,22 @@ def _scores(report: Report) -> str:
 
 
 def _comparisons(report: Report, others: Sequence[str]) -> str:
-    table_rows = []
+    return _table(["task", "variant", *_COMPARED], list(_compared(report, others)))
+
+
+def _compared(report: Report, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the cells of a table row for each task and each of the variants ``names``."""
     for task, by_variant in report.tasks.items():
-        for name in others:
+        for name in names:
             figures = by_variant[name]
-            if figures["accuracy"] is None:
-                ends = "(few texts)" if figures["low"] is None else f"[{figures['low']:+.1%}, {figures['high']:+.1%}]"
-                cells = [_score(figures), f"{figures['difference']:+.1%} {ends}", "", "", ""]
+            if figures["accuracy"] is not None:
+                cells = _cells(figures, by_variant[BASELINE], report.allowed_drop)
+            elif figures["difference"] is None:
+                cells = [_score(figures), "", "", "", ""]
             else:
-                cells = _cells(figures, by_variant[BASELINE])
-            table_rows.append([task, name, *cells])
-    return _table(["task", "variant", *_COMPARED], table_rows)
+                ends = "(few texts)" if figures["low"] is None else f"[{figures['low']:+z.1%}, {figures['high']:+z.1%}]"
+                cells = [_score(figures), f"{figures['difference']:+z.1%} {ends}", "", "", ""]
+            yield [task, name, *cells]
 
 
 def _score(figures: Figures, digits: int = 1) -> str:
@@ -235,7 +252,7 @@ def _score(figures: Figures, digits: int = 1) -> str:
     return f"perplexity {figures['perplexity']:.{digits}f}" if accuracy is None else f"{accuracy:.3f}"
 
 
-def _cells(figures: Figures, base: Figures | None) -> list[str]:
+def _cells(figures: Figures, base: Figures | None, allowed_drop: float) -> list[str]:
     """Return the cells that compare ``figures`` with the baseline: accuracy, difference, p-value, verdict, needed.
 
     The last cell is the number of examples that a verdict needs.  For the baseline itself, all cells but the accuracy
@@ -247,11 +264,27 @@ def _cells(figures: Figures, base: Figures | None) -> list[str]:
         return [accuracy, "", "", "", ""]
     if base and base["n"] != figures["n"]:
         accuracy += f" on {figures['n']:,} (baseline {figures['baseline']:.3f})"
-    difference = f"{figures['difference']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]"
+    difference = _difference(figures, allowed_drop)
     p_value, needed = figures["p_mcnemar"], ""
     if verdict == "undecided":
         needed = f"{max(figures['needed'].values()):,} a task" if figures["needed"] else _UNDECIDABLE
     return [accuracy, difference, "" if p_value is None else f"{p_value:.2g}", verdict, needed]
+
+
+def _difference(figures: Figures, allowed_drop: float) -> str:
+    """Return the cell with a difference of accuracies and its interval, with as many decimals as are needed.
+
+    There are at least three.  One changed example is not rounded to 0, and the verdict on the interval as printed is
+    the verdict on the interval.
+    """
+    difference, low, high = figures["difference"], figures["low"], figures["high"]
+    assert difference is not None and low is not None and high is not None
+    verdict = decide(low, high, allowed_drop)
+    for digits in range(max(3, len(str(figures["n"] - 1))), 17):
+        shown = [f"{value:+z.{digits}f}" for value in (difference, low, high)]
+        if decide(float(shown[1]), float(shown[2]), allowed_drop) == verdict:
+            break
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _table(head: Sequence[str], table_rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from eval.stats.lengths import EFFECTIVE
 from eval.stats.page import markdown
 from eval.stats.report import AVERAGE, Report, ScoredVariant
 from longctx.text_file import write_text
-from longctx.train.track import Tracker
+from longctx.train.track import Tracker, to_json
 from recipes.common.plots import draw_cells, draw_lines, draw_shares
 
 _PICTURE = "accuracy"
@@ -106,15 +106,16 @@ def draw_depths(report: Report, out: Path) -> tuple[str, ...]:
 def write(report: Report, out: Path) -> Report:
     """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
     report = replace(report, pictures=(*draw(report, out), *draw_lengths(report, out), *draw_depths(report, out)))
-    write_text(out / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
+    write_text(out / "report.json", json.dumps(to_json(report.as_dict()), indent=1, allow_nan=False) + "\n")
     write_text(out / "report.md", markdown(report))
     return report
 
 
 def track(report: Report, out: Path, tracker: Tracker) -> None:
-    """Log each variant's `average_accuracy`, a table of all comparisons, and the picture of shares if there is one.
+    """Log averages (`average_accuracy`) and perplexities per word, and a table of all comparisons.
 
-    Then finishes ``tracker``.  ``report`` is the result of `write`, and ``out`` the folder with its pictures.
+    Also logs the picture of shares if there is one.  Then finishes ``tracker``.  ``report`` is the result of `write`,
+    and ``out`` the folder with its pictures.
     """
     columns = ["task", "variant", "n", "accuracy", "perplexity", "difference", "low", "high", "p_mcnemar", "verdict"]
     table_rows = [
@@ -122,7 +123,13 @@ def track(report: Report, out: Path, tracker: Tracker) -> None:
         for task, by_variant in {**report.tasks, AVERAGE: report.average}.items()
         for name, figures in by_variant.items()
     ]
-    tracker.log({f"eval/{name}": report.average_accuracy(name) for name in report.average}, 0)
+    perplexities = {
+        f"eval/{name}/{task}": figures["perplexity"]
+        for task, by_variant in report.tasks.items()
+        for name, figures in by_variant.items()
+        if "perplexity" in figures
+    }
+    tracker.log({f"eval/{name}": report.average_accuracy(name) for name in report.average} | perplexities, 0)
     tracker.table("eval/comparisons", columns, table_rows, 0)
     if f"{_PICTURE}.svg" in report.pictures:
         tracker.image(f"eval/{_PICTURE}", out / f"{_PICTURE}.png", 0)

@@ -65,11 +65,11 @@ class Figures(TypedDict, total=False):
     """Figures of a variant on a task, or on average, as report.json has them.
 
     A baseline has None for all comparisons.  A variant's ``baseline`` is the accuracy of the baseline on the variant's
-    ``n`` examples; the baseline may have answered more.  Tasks of perplexity have accuracy None and ``perplexity``;
-    their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
+    ``n`` examples; the baseline may have answered more.  Tasks of perplexity have accuracy None and ``perplexity``, per
+    word; their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
     ``rests_on``: for an average that is decided, the tasks without which its verdict would differ, with that verdict.
     ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
-    ``metrics``: totals of all of lm-eval's metrics, only for a task of accuracy.
+    ``metrics``: totals of all of lm-eval's metrics, only for a task, not for an average.
     """
 
     n: int
@@ -198,8 +198,7 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
 
 def _compare_task(base: Mapping[str, Outcomes], variant: ScoredVariant, name: str, rules: GateRules) -> Figures:
     """Return the figures of ``variant`` on the task ``name``, with lm-eval's further metrics."""
-    figures = _compare_tasks(base, variant, [name], rules)
-    return figures if base[name].words else {**figures, "metrics": dict(variant.outcomes[name].others)}
+    return {**_compare_tasks(base, variant, [name], rules), "metrics": dict(variant.outcomes[name].others)}
 
 
 def _compare_tasks(

@@ -40,7 +40,7 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     if blocks := _blocks(q, k, v, causal):
         return merge_all([_flash_forward(q.to(accumulation_dtype(q)), *block, causal) for block in blocks])
     q, k, v = (x.to(accumulation_dtype(q)) for x in (q, k, v))
-    if flash_onednn.suits(q, k):
+    if flash_onednn.suits(q, k, causal):
         return flash_onednn.forward(q, k, v, causal)
     q, k, v = (_as_op_input(x) for x in (q, k, v))
     b, hq, sq, d = q.shape
@@ -90,7 +90,7 @@ def _flash_backward(
         dq, dk, dv = zip(*parts, strict=True)
         return torch.stack(dq).sum(0), torch.cat(dk, 1), torch.cat(dv, 1)
     dout, q, k, v, out = (x.to(dtype) for x in (dout, q, k, v, out))
-    if flash_onednn.suits(q, k):
+    if flash_onednn.suits(q, k, causal):
         return flash_onednn.backward(dout, q, k, v, out, lse, causal)
     dout, q, k, v, out = (_as_op_input(x) for x in (dout, q, k, v, out))
     dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)

@@ -17,9 +17,11 @@ from longctx import onednn
 from longctx.attention.partial import Partial, merge_all
 from longctx.shapes import AnyShape, Float, Keys, LogSumExp, Queries, Tensor
 
-_ROWS = 512  # query rows of a block for each thread, over the heads that share keys
+_ROWS = 256  # query rows of a block, over the heads that share keys
 _KEYS = 1024  # keys of a block
-_LEAST_ROWS, _LEAST_KEYS = 128, 64  # smaller tiles: PyTorch's op is as fast
+# PyTorch's op is as fast for smaller tiles.
+_LEAST_ROWS, _LEAST_KEYS = 128, 256
+_LEAST_CAUSAL = 512  # rows and keys of a triangle
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class _Block:
         target.copy_(block.view(target.shape))
 
 
-def suits(q: Queries, k: Keys) -> bool:
-    """Return True if this is faster than PyTorch's op for ``q`` over ``k``."""
-    rows = q.shape[1] * q.shape[2] // k.shape[2]
-    return q.dtype == torch.float32 and rows >= _LEAST_ROWS and k.shape[1] >= _LEAST_KEYS and onednn.is_faster()
+def suits(q: Queries, k: Keys, causal: bool) -> bool:
+    """Return True if this is faster than PyTorch's op for ``q`` over ``k``.
+
+    It is not with several threads: they meet after each operation on a block, and each wait for a busy core adds up.
+    """
+    rows, keys = q.shape[1] * q.shape[2] // k.shape[2], k.shape[1]
+    is_large = rows >= _LEAST_ROWS and keys >= (_LEAST_CAUSAL if causal else _LEAST_KEYS)
+    return q.dtype == torch.float32 and is_large and torch.get_num_threads() == 1 and onednn.is_faster()
 
 
 @torch.no_grad()
@@ -90,9 +96,9 @@ def backward(
 
 
 def _blocks(q: Queries, k: Keys) -> Iterator[_Block]:
-    """Yield blocks of all rows of ``q``, which together are large enough for all threads."""
+    """Yield blocks of all rows of ``q``."""
     sharing = q.shape[2] // k.shape[2]
-    step = max(1, _ROWS * torch.get_num_threads() // sharing)
+    step = max(1, _ROWS // sharing)
     for i, head, begin in product(range(q.shape[0]), range(k.shape[2]), range(0, q.shape[1], step)):
         yield _Block(i, slice(begin, begin + step), slice(head * sharing, (head + 1) * sharing), head)
 

@@ -104,9 +104,10 @@ Recompute = Literal["none", "selective", "full"]
 class Optim:
     """AdamW with a learning rate that warms up over ``warmup`` steps, then decays to ``min_lr`` by ``decay_steps``.
 
-    With ``decay="constant"``, the rate stays at ``lr`` after the warm-up.  ``decay_steps`` includes the warm-up; None
-    means the number of steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).  ``zero1`` shards the
-    optimizer's state over data- and context-parallel ranks (megatron-core's distributed optimizer).
+    With ``decay="constant"``, the rate stays at ``lr`` after the warm-up, and ``min_lr`` is not used.  ``decay_steps``
+    includes the warm-up; None means the number of steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).
+    ``zero1`` shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed
+    optimizer).
     """
 
     lr: float = 1e-3
@@ -121,7 +122,9 @@ class Optim:
     zero1: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_lr <= self.lr:
+        if not self.lr >= 0:
+            raise ValueError(f"optim.lr={self.lr}: use 0 or more")
+        if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} and optim.lr={self.lr}: use 0 <= min_lr <= lr")
         if self.weight_decay < 0:
             raise ValueError(f"optim.weight_decay={self.weight_decay}: use 0 or more")
@@ -139,6 +142,11 @@ class Optim:
                 f"optim.betas={list(self.betas)}, eps={self.eps}, clip={self.clip}: "
                 "use betas from 0 to below 1, eps above 0, clip 0 or more"
             )
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate after the decay: ``lr`` if it is constant."""
+        return self.lr if self.decay == "constant" else self.min_lr
 
 
 Adapted = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from longctx.cost.attention import Work, pass_kv_cost, pass_q_cost
 from longctx.cost.hardware import Hardware
+from longctx.cost.numerals import three_digits
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def choose(rule: str, work: Work, hardware: Hardware) -> StrategyChoice:
 
 def _auto(work: Work, hardware: Hardware) -> StrategyChoice:
     kv, q = pass_kv_cost(work, hardware).seconds, pass_q_cost(work, hardware).seconds
-    reason = f"a layer takes {kv * 1e3:.3g} ms by pass-KV, {q * 1e3:.3g} ms by pass-Q"
+    reason = f"a layer takes {three_digits(kv * 1e3)} ms by pass-KV, {three_digits(q * 1e3)} ms by pass-Q"
     return StrategyChoice("pass_kv" if kv <= q else "pass_q", reason)
 
 

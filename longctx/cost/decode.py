@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longctx.cost.hardware import Link
+from longctx.cost.numerals import three_digits
 
 SHARED_ROWS = ("gather_merge", "sharded")  # decode strategies in which every context rank has every row
 
@@ -139,6 +140,7 @@ def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]
     """Return the faster strategy for ``work``, ``sharded`` or ``gather_merge``, and the reason for the user."""
     if work.ranks == 1:
         return ON_ONE_RANK
-    shared, merged = sharded_seconds(work, hardware), gather_merge_seconds(work, hardware)
-    why = f"predicted without attention: sharded {shared * 1e3:.3g} ms, gather_merge {merged * 1e3:.3g} ms a step"
-    return ("sharded" if shared < merged else "gather_merge"), why
+    costs = {"sharded": sharded_seconds(work, hardware), "gather_merge": gather_merge_seconds(work, hardware)}
+    times = (f"{name} {three_digits(seconds * 1e3)} ms" for name, seconds in costs.items())
+    why = f"predicted without attention: {', '.join(times)} a step"
+    return ("sharded" if costs["sharded"] < costs["gather_merge"] else "gather_merge"), why

@@ -74,18 +74,28 @@ class Level:
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
 
+def strategies_differ(work: str, mesh: Degrees) -> bool:
+    """Return True if the strategies of ``work`` ("decode", or any other kind) differ in their time on ``mesh``.
+
+    Those of prefill and training are all the same on one ring rank, and those of decoding on one context rank.
+    """
+    return (mesh.ulysses * mesh.ring if work == "decode" else mesh.ring) > 1
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Accuracy of predictions: for 80 % of the compared runs, the relative error was at most ``share`` (0.1: 10 %).
 
     It is valid for meshes like those of the runs, of at most ``ranks`` ranks and with 1 rank on each axis not in
-    ``axes``, and for numbers of ``element_bytes`` bytes.
+    ``axes``, and for numbers of ``element_bytes`` bytes.  If strategies differ on a mesh (`strategies_differ`), it is
+    valid for ``strategies`` only.
     """
 
     share: float
     axes: Sequence[str]
     ranks: int
     element_bytes: int = 2
+    strategies: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -190,17 +200,19 @@ class Machine:
         span = ranks * stride if ranks > 1 else 1
         return next((level for level in self.levels if level.ranks % span == 0), self.levels[-1])
 
-    def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
+    def expected_error(self, work: str, mesh: Degrees, strategy: str, element_bytes: int) -> float | None:
         """Return the relative error that 80 % of predictions for ``work``, a key of ``errors``, are within.
 
-        Returns None if no runs of this kind were compared, or if ``mesh`` or the bytes of a number, ``element_bytes``,
-        are not like those of the compared runs (`Accuracy`).
+        Returns None if no runs of this kind were compared, or if ``mesh``, ``strategy`` or the bytes of a number,
+        ``element_bytes``, are not like those of the compared runs (`Accuracy`).
         """
         accuracy = self.errors.get(work)
         ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp", "ep")}
         if accuracy is None or accuracy.element_bytes != element_bytes:
             return None
         if prod(ranks.values()) / mesh.ep > accuracy.ranks:
+            return None
+        if strategies_differ(work, mesh) and strategy not in accuracy.strategies:
             return None
         return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
 

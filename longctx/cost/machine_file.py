@@ -56,7 +56,8 @@ def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
     element_bytes, share = whole(values.get("element_bytes", Accuracy.element_bytes)), float(values["share"])
     if not 0 <= share < math.inf:
         raise ValueError(f"share={share} is not a number of 0 or more")
-    return Accuracy(share, tuple(map(str, values["axes"])), whole(values["ranks"]), element_bytes)
+    axes, strategies = (tuple(map(str, names)) for names in (values["axes"], values.get("strategies", ())))
+    return Accuracy(share, axes, whole(values["ranks"]), element_bytes, strategies)
 
 
 def _level_of(values: Mapping[str, Any]) -> Level:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 from longctx.config import DataSettings
-from longctx.data.documents import documents
+from longctx.data.documents import Document, documents
 from longctx.data.mixing import interleave
-from longctx.data.packing import PackedSequence, learnable, pack, pack_whole, padding_sequence
-from longctx.data.stage import Stage, State
+from longctx.data.packing import PackedSequence, learnable, pack, pack_whole, padding_sequence, unused
+from longctx.data.stage import Stage, StageWithStart, State
 from longctx.shapes import Bool, Tensor, Tokens
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,24 @@ def training_batches(
 
     Raises ValueError as these stages do.
     """
-    sources = [documents(source, tokenizer, data, ends) for source in data.sources]
-    mixed = interleave(sources, [source.weight for source in data.sources])
+    mixed = _mixed_documents(data, tokenizer, ends)
     sequences = (pack_whole if data.conversations == "whole" else pack)(mixed, data.length, data.last)
     if data.conversations or data.last == "pad":
         sequences = learnable(sequences)
     return batches(sequences, data.batch, dp_rank, dp_size, data.last)
+
+
+def refuse_state(state: State, data: DataSettings, tokenizer: Any, ends: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless `training_batches` of ``data``, ``tokenizer`` and ``ends`` can resume from ``state``.
+
+    Reads no more than the next document's first part, or shuffle window.  Later text may still have a fault.
+    """
+    next(unused(_mixed_documents(data, tokenizer, ends), state["documents"], state["used"]), None)
+
+
+def _mixed_documents(data: DataSettings, tokenizer: Any, ends: tuple[int, ...]) -> StageWithStart[Document]:
+    sources = [documents(source, tokenizer, data, ends) for source in data.sources]
+    return interleave(sources, [source.weight for source in data.sources])
 
 
 def batches(

@@ -32,7 +32,9 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
         )
     refuse_todays_date(tokenizer)
     if not ends:
-        raise ValueError("the model has no end token to close an answer with: set eos_token_id in its config.json")
+        raise ValueError(
+            "the model has no end token to close an answer with: set eos_token_id in its generation_config.json"
+        )
     longest = data.length if data.conversations == "whole" else None
     # A run that has left out conversations and shuffles does not resume with another length (see `documents`).
     begin = "in a new run, " if data.shuffle and data.on_error == "skip" else ""

@@ -69,9 +69,9 @@ def documents(
     and yields its remaining documents.  With ``data.conversations``, a document is a conversation, whose answers end
     with one of the tokens ``ends`` (see `conversation_reader`).
 
-    Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.  The
-    iteration raises ValueError for a state of other files or another order, and for a source without documents.  It
-    also does so for a faulty record, unless ``data.on_error`` is skip.
+    Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.  A
+    call of the stage raises ValueError for a state of other files or another order.  The iteration raises it for a
+    source without documents, and for a faulty record unless ``data.on_error`` is skip.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
@@ -82,19 +82,14 @@ def documents(
         return {**asdict(point), "name": source_files[point.part].name, **identity}
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
-        point = _resume_point(state, source_files, source, data)
-        given = point.given
-        for window, begin, after in _windows(source_files, replace(point, given=0), source, data):
-            order = list(range(len(window)))
-            if data.shuffle:
-                Random(f"{data.seed} {begin.documents}").shuffle(order)  # noqa: S311 (no secret)
-            for i in range(given, len(window)):
-                record = window[order[i]]
-                resume = after if i + 1 == len(window) else replace(begin, given=i + 1)
-                state = state_at(resume)
-                for part in _parts(record, tokenizer, data.end_token):
-                    yield part, state if part.ends else {}
-            given = 0
+        point = _resume_point(state, source_files, source, data)  # may raise: before the iteration
+        return parts_of(_shuffled_records(source_files, point, source, data))
+
+    def parts_of(records: Iterator[tuple[Record, ResumePoint]]) -> Iterator[tuple[Document, State]]:
+        for record, resume in records:
+            state = state_at(resume)
+            for part in _parts(record, tokenizer, data.end_token):
+                yield part, state if part.ends else {}
 
     return StageWithStart(run, state_at(ResumePoint()))
 
@@ -135,6 +130,20 @@ def _document_of(conversation: TokenizedConversation, where: str) -> Document:
     for begin, end in conversation.answers:
         learned[begin:end] = True
     return Document(torch.tensor(conversation.tokens, dtype=torch.int32), where, learned=learned)
+
+
+def _shuffled_records(
+    source_files: tuple[SourceFile, ...], point: ResumePoint, source: TextSource, data: DataSettings
+) -> Iterator[tuple[Record, ResumePoint]]:
+    """Yield the records that have text from ``point`` on, shuffled within windows, with the resume point after each."""
+    given = point.given
+    for window, begin, after in _windows(source_files, replace(point, given=0), source, data):
+        order = list(range(len(window)))
+        if data.shuffle:
+            Random(f"{data.seed} {begin.documents}").shuffle(order)  # noqa: S311 (no secret)
+        for i in range(given, len(window)):
+            yield window[order[i]], after if i + 1 == len(window) else replace(begin, given=i + 1)
+        given = 0
 
 
 def _windows(

@@ -43,7 +43,7 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
     first is therefore a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded
     (``last="pad"``).
 
-    The iteration raises ValueError if the cut document of a resume state has become shorter.
+    The iteration raises ValueError as `unused` does.
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
@@ -52,7 +52,7 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
         pieces: list[PackedSequence] = []
         missing = length
         rest = torch.empty(2, 0, dtype=torch.int32)  # the document's tokens that are in no sequence yet, and `learned`
-        for document, after in _unused(documents, before, used):
+        for document, after in unused(documents, before, used):
             tokens = torch.cat([rest, _with_learned(document)], 1)
             # A sequence has one piece of a document.  The piece's last target may be in the next part: wait for it.
             while tokens.shape[1] > missing or (document.ends and tokens.shape[1]):
@@ -146,23 +146,30 @@ def refuse_nothing_to_learn(counted: int, where: str) -> None:
         )
 
 
-def _unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:
+def unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:
     """Yield the documents after state ``before``; leave out the first ``used`` tokens of the first document.
 
-    Raises ValueError if the first document has only ``used`` tokens or fewer.
+    A document of exactly ``used`` tokens, which had an end token before, is yielded without tokens.
+
+    Raises ValueError if the first document has fewer than ``used`` tokens, and if ``used`` is not 0 but there is no
+    document.
     """
-    skip, is_long_enough = used, not used
+    skip, document = used, None
     for document, after in documents(before):
         tokens, learned = document.tokens[skip:], document.learned
         learned = None if learned is None else learned[skip:]
         skip -= len(document.tokens) - len(tokens)
-        is_long_enough = is_long_enough or len(tokens) > 0
-        if document.ends and not is_long_enough:
+        if document.ends and skip:
             raise ValueError(
                 f"{document.where} is shorter than it was when the state to resume from was saved: "
                 "restore the file, or start a new run"
             )
         yield replace(document, tokens=tokens, learned=learned), after
+    if used and document is None:
+        raise ValueError(
+            "the state to resume from is inside a document that data.epochs now leaves out: use as many epochs as "
+            "before, or more"
+        )
 
 
 def padding_sequence(length: int) -> PackedSequence:

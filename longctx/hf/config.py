@@ -23,8 +23,8 @@ def shape_of(folder: Path) -> ModelShape:
     file = folder / "config.json"
     config = read_config(file)
     try:
-        shape = family_of(config.model_type).shape(config, end_tokens(folder, config))
-    except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError) as error:
+        shape = family_of(config.model_type).shape(config, end_tokens(folder))
+    except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{file} describes no model of type {config.model_type}: {error!r}; correct it, or use another model"
         ) from error

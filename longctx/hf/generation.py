@@ -1,5 +1,9 @@
-"""Read generation_config.json: the tokens that end an answer, and the settings that are not applied here."""
+"""Read the settings of generation: the tokens that end an answer, and the settings that are not applied here.
 
+As in transformers, they are those of generation_config.json, or those of config.json if there is no such file.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +24,51 @@ _SAMPLED = {
 
 
 def unapplied_settings(folder: Path, *, sampled: bool) -> dict[str, object]:
-    """Return, by name, the settings of generation_config.json that change transformers' text but not ours.
+    """Return, by name, the settings in `generation_file` that change transformers' text but not ours.
 
-    With ``sampled``, settings of random sampling are included.  Without that file the result is empty.
+    With ``sampled``, settings of random sampling are included.  Raises ValueError if the file cannot be read.
     """
     config = _read(folder)
     neutral = _GREEDY | (_SAMPLED if sampled else {})
-    values = {name: getattr(config, name, None) for name in neutral} if config else {}
+    values = {name: getattr(config, name, None) for name in neutral}
     return {name: value for name, value in values.items() if value is not None and value not in neutral[name]}
 
 
-def end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
-    """Return the tokens that end an answer; as in transformers, generation_config.json overrides ``config``.
+def generation_file(folder: Path) -> Path:
+    """Return the file of ``folder`` with the settings of generation: generation_config.json, or else config.json."""
+    file = folder / "generation_config.json"
+    return file if file.is_file() else folder / "config.json"
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the tokens that end an answer: eos_token_id in `generation_file`, without a default.
 
     Raises ValueError if the file cannot be read, and for an eos_token_id that is not a number or a list of numbers.
     """
-    generation, ends, file = _read(folder), config.eos_token_id, "config.json"
-    if generation and generation.eos_token_id is not None:
-        ends, file = generation.eos_token_id, "generation_config.json"
+    ends = _read(folder).eos_token_id
     tokens = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
-        raise ValueError(f"{folder}/{file}: eos_token_id={ends} is not a token id or a list of token ids: correct it")
+        raise ValueError(
+            f"{generation_file(folder)}: eos_token_id={ends} is not a token id or a list of token ids: correct it"
+        )
     return tuple(tokens)
 
 
+def unread_end_tokens(folder: Path) -> object:
+    """Return eos_token_id of config.json if generation_config.json has none and hides it, else None."""
+    if generation_file(folder).name == "config.json" or end_tokens(folder):
+        return None
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+
+
 def _read(folder: Path) -> Any:
-    """Return generation_config.json as transformers reads it, None without one.  Raises ValueError if it is damaged."""
+    """Return the settings in `generation_file` as transformers reads them.  Raises ValueError if they are damaged."""
     from transformers import GenerationConfig
 
-    if not (folder / "generation_config.json").is_file():
-        return None
+    file = generation_file(folder)
     try:
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name=file.name, _from_model_config=file.name == "config.json"
+        )
     except Exception as error:  # a damaged file may raise any class of error, such as TypeError
-        raise ValueError(f"{folder}/generation_config.json cannot be read: {error}; correct or remove it") from error
+        raise ValueError(f"{file} cannot be read: {error}; correct it or remove its settings of generation") from error

@@ -20,7 +20,7 @@ _HARMLESS = {
     "rope_scaling", "rope_theta", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_bfloat16",
 }  # fmt: skip
-# Settings of generation, which transformers drops from config.json: generation_config.json has them.
+# Settings of generation, which transformers reads from config.json if there is no generation_config.json.
 GENERATION = {
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",

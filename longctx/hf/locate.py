@@ -14,6 +14,8 @@ from longctx.hf.checkpoint import export_advice
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.gguf_file import CONVERSION, Say, convert, convert_wheel
 from longctx.hf.scratch import (
+    COPIED,
+    MORE_TEMPLATES,
     TEMPLATE,
     config_for_context,
     read_chat_template,
@@ -75,13 +77,15 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
 def _change(model: ModelSource, source: Path) -> Path:
     """Return the cached folder with ``source``'s config.json and chat template, changed as the settings ``model`` ask.
 
-    Its other files are links to those in ``source``: a file that changes there changes in the cached folder, too.
+    Its other files are links to those in ``source``: a file that changes there changes in the cached folder, too.  A
+    new chat template replaces all templates of ``source``.
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None
     if model.date:
         template = with_date(tokenizer_of(source).chat_template if template is None else template, model.date)
-    existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
+    files = (*sorted(source.iterdir()), *(more_templates := sorted(source.glob(MORE_TEMPLATES))))
+    existing = {str(file.relative_to(source)): file.resolve() for file in files if file.is_file()}  # the hub has links
     key = ["links 2", (source / "config.json").read_text(), repr(existing), repr(changed)]
     if template is not None:
         key.append(template)
@@ -92,8 +96,9 @@ def _change(model: ModelSource, source: Path) -> Path:
         replaced = {"config.json"}
         if template is not None:
             write_text(to / TEMPLATE, template)
-            replaced.add(TEMPLATE)
+            replaced |= {TEMPLATE, *(str(file.relative_to(source)) for file in more_templates)}
         for name in existing.keys() - replaced:
+            (to / name).parent.mkdir(exist_ok=True)
             (to / name).symlink_to(existing[name])
 
     return _build_cached(model, hashlib.sha256("\n".join(key).encode()).hexdigest(), write)
@@ -118,8 +123,9 @@ def _fetch_from_hub(name: str, say: Say) -> Path:
         raise ValueError(_hub_fault(name, error)) from error
     say(f"fetching {name} from the Hugging Face hub")
     # Configuration first: `shape_of` refuses unsupported models before their weights are downloaded.
-    shape_of(fetch("*.json", "*.jinja", "*.model"))
-    return fetch("*.json", "*.jinja", "*.model", "model*.safetensors")
+    small = ("*.json", *COPIED)
+    shape_of(fetch(*small))
+    return fetch(*small, "model*.safetensors")
 
 
 def _hub_fault(name: str, error: Exception) -> str:

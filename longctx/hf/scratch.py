@@ -16,10 +16,11 @@ from longctx.text_file import write_text
 
 END = "<|endoftext|>"
 TEMPLATE = "chat_template.jinja"  # transformers prefers it to a template in tokenizer_config.json
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # all of a model's templates but the default one
 # Files that are copied besides config.json: those of the tokenizer, and the settings of generation.
-_COPIED = (
-    "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.*", "generation_config.json",
+COPIED = (
+    "tokenizer*", "*.model", "*tekken*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.*", MORE_TEMPLATES, "generation_config.json",
 )  # fmt: skip
 # Fields of config.json that must be whole numbers of 1 or more.
 _SIZES = (
@@ -79,8 +80,10 @@ def write_folder_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
     The fields in ``changed`` replace those of the source's config.json.  Weights are not copied.
     """
     to.mkdir(parents=True)
-    for file in {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}:
-        shutil.copyfile(file, to / file.name)
+    for file in {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}:
+        copy = to / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     write_config_like(source, changed, to)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the bytes of a character whose last tokens are missing
+from longctx.infer.detokenize import Detokenizer
 
 
 class AnswerText:
@@ -18,37 +18,54 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._before = _decode(tokenizer, after)
-        self._tokens = [*after]
-        self._given = 0  # characters in the pieces so far
-        self.text, self.stopped = "", False
+        self._tokens, self._stop = Detokenizer(tokenizer), stop
+        for token in after:
+            self._tokens.add(token)
+        self._before = self._tokens.tail  # the end of the text before the answer, while it may change
+        self._pieces = list[str]()
+        self._final = ""  # text after the pieces that no later token can change
+        self._rest = ""  # text after the pieces, up to the stop
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Text so far, up to the earliest occurrence of a text in ``stop``."""
+        return "".join(self._pieces) + self._rest
 
     def add(self, token: int) -> str:
         """Add ``token`` and return the next piece of text that no later token can change; it may be empty.
 
-        Sets ``stopped`` once a text in ``stop`` is complete.
+        Sets ``stopped`` once a text in ``stop`` is complete; later tokens then add nothing.
         """
-        self._tokens.append(token)
-        whole = _decode(self._tokenizer, self._tokens)
+        if self.stopped:
+            return ""
+        self._final += self._tokens.add(token)
+        whole = self._final + self._tokens.tail
         # The answer may complete the last character of the text before it, which is then part of the answer.
-        whole = whole[_shared_length(whole, self._before) :]
-        self.text = cut_at_stop(whole, self._stop)
-        self.stopped = len(self.text) < len(whole)
-        return self._give(len(self.text) if self.stopped else self._certain())
+        shared = _shared_length(whole, self._before)
+        if len(self._final) >= len(self._before):
+            self._final, self._before = self._final[shared:], ""
+        self._rest = cut_at_stop(whole[shared:], self._stop)
+        self.stopped = len(self._rest) < len(whole) - shared
+        if self.stopped:
+            return self.end()
+        return "" if self._before else self._give(len(self._final) - self._waiting())
 
     def end(self) -> str:
         """Return the rest of the text, which `add` has not returned yet; call it after the last token."""
-        return self._give(len(self.text))
+        return self._give(len(self._rest))
 
-    def _certain(self) -> int:
-        """Return how many characters no later token can change: those before an incomplete character or stop text."""
-        text = self.text.rstrip(_INCOMPLETE)
-        waiting = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return len(text) - max(waiting, default=0)
+    def _waiting(self) -> int:
+        """Return how many characters at the end of the final text may begin a text in ``stop``."""
+        longest = 0
+        for stop in self._stop:
+            lengths = range(min(len(stop) - 1, len(self._final)), longest, -1)
+            longest = next((n for n in lengths if self._final.endswith(stop[:n])), longest)
+        return longest
 
-    def _give(self, end: int) -> str:
-        piece, self._given = self.text[self._given : end], max(self._given, end)
+    def _give(self, length: int) -> str:
+        piece, self._rest, self._final = self._rest[:length], self._rest[length:], self._final[length:]
+        self._pieces.append(piece)
         return piece
 
 
@@ -59,29 +76,19 @@ class TokenOffsets:
     """
 
     def __init__(self, tokenizer: Any, begin: int = 0, after: Sequence[int] = (), *, special: bool = False) -> None:
-        self._tokenizer, self._offset, self._special = tokenizer, 0, special
-        self._known, self._new = list[int](), list[int]()  # tokens whose text is complete, and those that follow them
+        self._tokens = Detokenizer(tokenizer, special=special)
         for token in after:
-            self.add(token)
-        self._offset = begin
+            self._tokens.add(token)
+        self._begin = begin - self._tokens.complete
 
     def add(self, token: int) -> int:
         """Return the number of characters before the text of ``token``, which is the next token.
 
         The tokens of one character have the same offset.
         """
-        offset = self._offset
-        self._new.append(token)
-        known = _decode(self._tokenizer, self._known, special=self._special)
-        text = _decode(self._tokenizer, [*self._known, *self._new], special=self._special)
-        if len(text) > len(known) and not text.endswith(_INCOMPLETE):
-            self._offset += len(text) - len(known)
-            self._known, self._new = self._new, []
+        offset = self._begin + self._tokens.complete
+        self._tokens.add(token)
         return offset
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=not special)) if tokens else ""
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -146,8 +146,27 @@ def attach_adapters(model: "GPTModel", lora: LoRA, seed: int) -> None:
         model.embedding.register_forward_hook(_with_gradient)
 
 
+def rounded_share(model: "GPTModel") -> float:
+    """Return the rounding error of a merge in the weights' dtype, relative to the adapters; 0.0 if they add nothing.
+
+    It is the norm of round(W + delta) - (W + delta) over all adapted weights, divided by the norm of all deltas.
+    """
+    error, size = 0.0, 0.0
+    for linear in model.modules():
+        if isinstance(linear, Adaptable) and linear.adapter is not None:
+            delta = linear.adapter.delta.detach()
+            merged = linear.weight.detach().to(delta.dtype) + delta
+            error += float((merged.to(linear.weight.dtype).to(delta.dtype) - merged).square().sum())
+            size += float(delta.square().sum())
+    return (error / size) ** 0.5 if size else 0.0
+
+
 def merge_adapters(model: "GPTModel") -> None:
-    """Add every adapter of ``model`` to its layer's weight, and remove the adapter."""
+    """Add every adapter of ``model`` to its layer's weight, and remove the adapter.
+
+    The sum is rounded to the weight's dtype.  Convert a model in bfloat16 to float32 before: `rounded_share` of a small
+    adapter is large.
+    """
     for linear in model.modules():
         if not isinstance(linear, Adaptable) or linear.adapter is None:
             continue

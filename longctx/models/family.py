@@ -131,29 +131,64 @@ def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = Fa
     """Return the rotary embedding of ``config``, or of its layers of type ``kind`` if each type has a separate one.
 
     Frequencies are transformers' own, in float32.  `hf.keys` refuses types that change with the length of the text.
+    Raises ValueError for settings from which transformers cannot compute frequencies.
     """
     rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
-    rope_type = rope["rope_type"]
-    if rope_type == "default":
-        return Rotary(_frequencies(rope["rope_theta"], _rotated(config, rope)), interleaved=interleaved)
+    channels = _rotated(config, rope)
+    if rope["rope_type"] == "longrope":
+        _refuse_other_lists(rope, len(range(0, channels, 2)))
+    try:
+        frequencies, scale = _frequencies(config, rope, channels, kind)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"rope_type={rope['rope_type']} with these settings gives no rotary embedding ({error}): correct "
+            "rope_parameters in config.json"
+        ) from error
+    return Rotary(frequencies, scale, interleaved)
+
+
+def _rotated(config: Config, rope: Mapping[str, Any]) -> int:
+    """Return the number of channels of each head that the rotary embedding ``rope`` rotates.
+
+    Raises ValueError for a partial_rotary_factor that is not above 0 and at most 1.
+    """
+    share = rope.get("partial_rotary_factor", 1.0)
+    if not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor={share} is not above 0 and at most 1: correct config.json")
+    return int(head_dim_of(config) * share)
+
+
+def _refuse_other_lists(rope: Mapping[str, Any], size: int) -> None:
+    """Raise ValueError unless both lists of the LongRoPE embedding ``rope`` have ``size`` positive numbers."""
+    for name in ("short_factor", "long_factor"):
+        values = rope.get(name)
+        if not isinstance(values, list) or len(values) != size:
+            given = f"a list of {len(values)}" if isinstance(values, list) else repr(values)
+            raise ValueError(
+                f"{name} of rope_type=longrope must be a list of {size} numbers, one for each pair of rotated "
+                f"channels, and is {given}: correct config.json"
+            )
+        if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+            raise ValueError(
+                f"{name} of rope_type=longrope has a value that is not a positive number: correct config.json"
+            )
+
+
+def _frequencies(
+    config: Config, rope: Mapping[str, Any], channels: int, kind: str | None
+) -> tuple[tuple[float, ...], float]:
+    """Return the frequencies of ``rope``, which rotates ``channels`` channels, and the scale of its sines."""
+    import torch
+
+    if (rope_type := rope["rope_type"]) == "default":
+        exponents = torch.arange(0, channels, 2, dtype=torch.float) / channels
+        return tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # longrope has two sets of frequencies.  The longer one is for models whose context exceeds the original one.
     lengths = {"seq_len": config.max_position_embeddings} if rope_type == "longrope" else {}
     frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, None, layer_type=kind, **lengths)
-    return Rotary(tuple(frequencies.tolist()), float(scale), interleaved)
-
-
-def _rotated(config: Config, rope: Mapping[str, Any]) -> int:
-    """Return the number of channels of each head that the rotary embedding ``rope`` rotates."""
-    return int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
-
-
-def _frequencies(base: float, channels: int) -> tuple[float, ...]:
-    import torch
-
-    frequencies: list[float] = (1.0 / (base ** (torch.arange(0, channels, 2, dtype=torch.float) / channels))).tolist()
-    return tuple(frequencies)
+    return tuple(frequencies.tolist()), float(scale)
 
 
 def by_layer_type(config: Config, of_kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -198,11 +233,11 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
 def refuse(config: Config, **fields: Any) -> None:
     """Raise ValueError if a field of ``config`` differs from its value in ``fields``, the only implemented one.
 
-    A field that ``config`` lacks is accepted.
+    A field that ``config`` lacks is accepted; a null counts as False, as in transformers.
     """
     for name, implemented in fields.items():
         value = getattr(config, name, implemented)
-        if value != implemented:
+        if value != implemented and not (value is None and implemented is False):
             raise ValueError(
                 f"this model has {name}={value}, which is not implemented: use a model with {name}={implemented}"
             )

@@ -1,7 +1,6 @@
 """The web application: OpenAI's routes over a `Service`, which runs in another thread."""
 
 import asyncio
-import hmac
 import itertools
 import json
 import time
@@ -17,15 +16,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from longctx.serve.bodies import ChatBody, CompletionBody, RequestRefused, TokenizeBody, describe_invalid
-from longctx.serve.metrics import Metrics
+from longctx.serve.guard import ARRIVED, Guard
+from longctx.serve.metrics import Metrics, is_refusal
 from longctx.serve.request import Ask, Reader
-from longctx.serve.response import Choice, Form, Json, error, model_list
+from longctx.serve.response import Choice, Form, Json, error, model_list, refusal
 from longctx.serve.schedule import NewSequence
 from longctx.serve.service import Emit, Failure, Token
 
 Result = TypeVar("Result")
 _RETRY_S = 1  # advice to a client that is refused because too many sequences wait
 _CLIENT_GONE = 499  # status, as in nginx: nobody reads the response
+_TOKENIZE_AT_ONCE = 4  # requests
 _LOOK_S = 0.2  # how often a request that is not streamed checks that its client is still there
 
 
@@ -53,10 +54,13 @@ class Front:
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
         self.open: set[int] = set()
-        self._tokenizing = ThreadPoolExecutor(1)  # so that long texts do not delay other answers
+        self._tokenizing = ThreadPoolExecutor(_TOKENIZE_AT_ONCE)
 
     async def read(self, parse: Callable[[Any], Result], body: Any) -> Result:
-        """Return ``parse(body)``, computed in another thread: tokenizing a long text does not delay other answers."""
+        """Return ``parse(body)``, computed in another thread: tokenizing a long text does not delay other answers.
+
+        A few requests are parsed at a time, so that a short one does not wait for a long one.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, body)
 
     async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
@@ -102,15 +106,6 @@ class Front:
                 code="rate_limit_exceeded",
             )
 
-    def refuse_key(self, header: str | None) -> None:
-        """Raise `RequestRefused` if an API key is set and ``header`` (Authorization; None: absent) does not have it."""
-        if self.key is None:
-            return
-        given = (header or "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, self.key.encode()):
-            message = "the API key is missing or wrong: send it as a bearer token"
-            raise RequestRefused(message, status=401, code="invalid_api_key")
-
 
 class RouteHandlers:
     """The functions that answer requests, one for each route of the API."""
@@ -128,9 +123,9 @@ class RouteHandlers:
 
     async def _respond(self, ask: Ask, request: Request) -> Response:
         form = Form(ask, self.front.reader.tokenizer)
-        events = self.front.metrics.watch(ask, self.front.answer(ask))
+        events = self.front.metrics.watch(ask, self.front.answer(ask), request.scope[ARRIVED])
         if not ask.stream:
-            return JSONResponse(await _until_gone(_collect(form, events), request))
+            return await _until_gone(_collect(form, events), request)
         first = await _until_gone(anext(events), request)  # a refusal is raised here, before the response begins
         return StreamingResponse(_stream(form, first, events), media_type="text/event-stream")
 
@@ -157,16 +152,25 @@ class RouteHandlers:
 
     async def refused(self, _: Any, one: RequestRefused) -> Response:
         """Return the error response to a request that was refused, or that failed."""
-        if one.status < 500 and one.status != _CLIENT_GONE:
+        if is_refusal(one.status) and one.status != _CLIENT_GONE:
             self.front.metrics.count_refusal()
         headers = {"Retry-After": str(_RETRY_S)} if one.status == 429 else {}
-        return JSONResponse(_body_of(one), one.status, headers)
+        return JSONResponse(refusal(one), one.status, headers)
 
     async def invalid(self, _: Any, one: RequestValidationError) -> Response:
         """Return the error response to a body that is not valid."""
         self.front.metrics.count_refusal()
         message, place = describe_invalid(one.errors())
         return JSONResponse(error(message, 400, place), 400)
+
+    async def other(self, _: Any, one: HTTPException) -> Response:
+        """Return the error response to a request that no route reads, or whose body cannot be read."""
+        if is_refusal(one.status_code):
+            self.front.metrics.count_refusal()
+        reason = str(one.detail)
+        if one.status_code == 400:  # FastAPI does not say why it cannot read a body
+            reason = f"the body cannot be read ({one.__cause__}): send JSON in UTF-8"
+        return JSONResponse(error(reason, one.status_code), one.status_code, one.headers)
 
 
 def make_app(front: Front) -> Any:
@@ -180,7 +184,7 @@ def make_app(front: Front) -> Any:
     app.add_api_route("/metrics", routes.metrics, methods=["GET"])
     app.add_exception_handler(RequestRefused, routes.refused)
     app.add_exception_handler(RequestValidationError, routes.invalid)
-    app.add_exception_handler(HTTPException, _other)
+    app.add_exception_handler(HTTPException, routes.other)
     app.add_exception_handler(Exception, _failed)
     _describe(app, front.reader.model)
     return Guard(app, front)
@@ -195,14 +199,6 @@ def _describe(app: FastAPI, model: str) -> None:
         body = app.openapi()["components"]["schemas"][name]
         body["properties"]["model"]["enum"] = [model]
         body["additionalProperties"] = False
-
-
-def _body_of(one: RequestRefused) -> Json:
-    return error(str(one), one.status, one.param, one.code)
-
-
-async def _other(_: Any, one: HTTPException) -> Response:
-    return JSONResponse(error(str(one.detail), one.status_code), one.status_code, one.headers)
 
 
 async def _failed(_: Any, one: Exception) -> Response:
@@ -223,11 +219,12 @@ async def _until_gone(work: Awaitable[Result], request: Request) -> Result:
             await task
 
 
-async def _collect(form: Form, events: AsyncIterator[tuple[int, Token]]) -> Json:
+async def _collect(form: Form, events: AsyncIterator[tuple[int, Token]]) -> Response:
+    """Return the response after the last token; another thread writes it, since many log-probabilities take long."""
     choices = [Choice() for _ in form.ask.choices]
     async for index, event in events:
         _record(choices[index], event)
-    return form.whole(choices)
+    return await asyncio.to_thread(lambda: JSONResponse(form.whole(choices)))
 
 
 def _record(choice: Choice, event: Token) -> None:
@@ -248,7 +245,7 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
         index, event = first
         while True:
             if (form.ask.chat or form.ask.echo) and not choices[index].began:
-                yield _server_sent(form.first(index, event.prompt))
+                yield await asyncio.to_thread(_first_event, form, index, event)
             _record(choices[index], event)
             if event.piece or event.finish or event.logprob:
                 offset = offsets[index].add(event.logprob.token) if event.logprob else 0
@@ -260,47 +257,14 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
             yield _server_sent(form.last(choices))
         yield "data: [DONE]\n\n"
     except RequestRefused as refused:
-        yield _server_sent(_body_of(refused))
+        yield _server_sent(refusal(refused))
     finally:
         await events.aclose()
 
 
+def _first_event(form: Form, index: int, event: Token) -> str:
+    return _server_sent(form.first(index, event.prompt))
+
+
 def _server_sent(value: Json) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Checks the API key and limits the size of each request before ``app`` reads it; /health needs no key."""
-
-    app: Any
-    front: Front
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle one request, with the arguments of an ASGI application."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        size = 0
-
-        async def receive_bounded() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.front.max_bytes:
-                raise HTTPException(413, f"the request has over {self.front.max_bytes:,} bytes: send a shorter one")
-            return message
-
-        headers = dict(scope["headers"])
-        try:
-            if scope["path"] != "/health":
-                self.front.refuse_key(headers.get(b"authorization", b"").decode("latin-1"))
-        except RequestRefused as refused:
-            self.front.metrics.count_refusal()
-            await JSONResponse(_body_of(refused), refused.status)(scope, receive, send)
-            return
-        try:
-            await self.app(scope, receive_bounded, send)
-        except asyncio.CancelledError:
-            self.front.cut += 1
-            raise

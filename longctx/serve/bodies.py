@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -24,6 +26,9 @@ _MOST_CHOICES = 128
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 }  # fmt: skip
+_FIELD = re.compile(
+    r"""(?<!\bloop)\.\s*(\w+)\b(?!\s*\()|\[\s*['"](\w+)['"]\s*\]|\bget\(\s*['"](\w+)['"]|['"](\w+)['"]\s+(?:not\s+)?in\b"""
+)
 _TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
 _IGNORED_IN_MESSAGES = ("name", "reasoning_content")
 # Values with which a field of OpenAI's or vLLM's that is not implemented changes nothing, besides null.
@@ -56,6 +61,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "return_token_strs": (False,),
 }
 
+_TAGS = ("text", "list", "texts", "tokens", "token_lists")  # kinds of a field's value, which are no fields
 TokenId = Annotated[StrictInt, Field(ge=0)]
 # A list may have a million wrong items: stop at the first.  A list of prompts or messages is bounded, too.
 _MOST_ITEMS, _MOST_STOP_TOKENS = 10_000, 1024  # every step looks for its tokens among the stop tokens
@@ -119,7 +125,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
 
 
 class Body(BaseModel):
@@ -164,17 +170,27 @@ class ChatMessage(BaseModel):
         """Return the message with its content as one text; null and empty fields are left out.
 
         Raises `RequestRefused` for calls of tools, for other parts than text, and for other fields that the chat
-        ``template`` does not name; a name and a chain of thought are then ignored, as transformers does.
+        ``template`` does not read; a name and a chain of thought are then ignored, as transformers does.
         """
         extra = _filled(self.model_extra or {})
         for name in extra:
-            if name in _TOOL_FIELDS or (name not in template and name not in _IGNORED_IN_MESSAGES):
+            if name in _TOOL_FIELDS or name not in {*_IGNORED_IN_MESSAGES, *_fields_of(template)}:
                 raise RequestRefused(f"{name} of a message is not implemented: leave it out", "messages")
         content = self.content
         text = content if isinstance(content, str) else "".join(map(_text_of, content))
         for one in (self.role, text):
             refuse_half_character(one, "messages")
         return {**extra, "role": self.role, "content": text}
+
+
+@lru_cache(maxsize=4)
+def _fields_of(template: str) -> frozenset[str]:
+    """Return the names that a chat template may read from a message, such as x of ``m.x``, ``m['x']`` and ``'x' in m``.
+
+    Names of methods and of a loop's variables are left out.
+    """
+    code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+    return frozenset(name for names in _FIELD.findall(code) for name in names if name)
 
 
 def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,8 +228,8 @@ class ChatBody(Body):
 class TokenizeBody(BaseModel):
     """Body of /tokenize: a text, or messages of a conversation.
 
-    ``model`` may be left out; ``add_special_tokens`` acts on a text only.  Other fields are accepted with the values
-    that change nothing.
+    ``model`` may be left out; ``add_special_tokens`` (default: true) acts on a text only.  Other fields are accepted
+    with the values that change nothing.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -221,7 +237,7 @@ class TokenizeBody(BaseModel):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, max_length=_MOST_ITEMS)] | None = None
-    add_special_tokens: StrictBool = True
+    add_special_tokens: StrictBool | None = None
 
 
 def refuse_fields(body: BaseModel) -> None:
@@ -240,6 +256,7 @@ def _same(value: object, other: object) -> bool:
 def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """Return the message and the field of the first of pydantic's ``errors``; the field is None for a broken body."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    field = place[0] if place and not place[0].isdigit() else None  # a number counts characters of broken JSON
-    return f"{'.'.join(place) or 'the body'}: {first['msg']}", field
+    place = [str(part) for part in first["loc"] if part not in ("body", *_TAGS)]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['ctx']['error']}, at character {place[0]}", None
+    return f"{'.'.join(place) or 'the body'}: {first['msg']}", place[0] if place else None

@@ -11,6 +11,7 @@ from longctx.serve.request import Ask
 from longctx.serve.service import Service, Token
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the histograms' buckets
+_FROM = "Time from the arrival of a request's last byte, before it is tokenized, until its "
 
 
 class Metrics:
@@ -30,10 +31,10 @@ class Metrics:
         self._prompt = Counter("longctx_prompt_tokens", "Tokens of prompts, each counted once", registry=registry)
         self._generated = Counter("longctx_generated_tokens", "Tokens of answers", registry=registry)
         self._ttft = Histogram(
-            "longctx_ttft_seconds", "Time to a request's first token", buckets=_SECONDS, registry=registry
+            "longctx_ttft_seconds", f"{_FROM}first token is ready", buckets=_SECONDS, registry=registry
         )
         self._whole = Histogram(
-            "longctx_request_seconds", "Time to a request's last token", buckets=_SECONDS, registry=registry
+            "longctx_request_seconds", f"{_FROM}last token is ready", buckets=_SECONDS, registry=registry
         )
         self._open = Gauge("longctx_open_sequences", "Sequences that wait or are answered", registry=registry)
         for name, read in gauges.items():
@@ -44,21 +45,26 @@ class Metrics:
             for name, read in (by_rank or {}).items()
         }
 
-    async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
-        """Yield ``events`` unchanged, (choice, token) in answer to ``ask``; count and time them on the way."""
-        began, first, end = time.perf_counter(), True, "cancelled"
+    async def watch(
+        self, ask: Ask, events: AsyncIterator[tuple[int, Token]], arrived: float
+    ) -> AsyncIterator[tuple[int, Token]]:
+        """Yield ``events`` unchanged, (choice, token) in answer to ``ask``; count and time them on the way.
+
+        ``arrived`` is the value of `time.perf_counter` when the request had arrived.
+        """
+        first, end = True, "cancelled"
         try:
             async for event in events:
                 if first:
                     self._prompt.inc(sum(map(len, ask.prompts)))
-                    self._ttft.observe(time.perf_counter() - began)
+                    self._ttft.observe(time.perf_counter() - arrived)
                     first = False
                 self._generated.inc(event[1].token is not None)
                 yield event
             end = "answered"
-            self._whole.observe(time.perf_counter() - began)
+            self._whole.observe(time.perf_counter() - arrived)
         except RequestRefused as refused:
-            end = "failed" if refused.status >= 500 else ""  # refusals are counted by `count_refusal`
+            end = "" if is_refusal(refused.status) else "failed"  # refusals are counted by `count_refusal`
             raise
         finally:
             await events.aclose()  # type: ignore[attr-defined]
@@ -66,7 +72,7 @@ class Metrics:
                 self._requests.labels(end).inc()
 
     def count_refusal(self) -> None:
-        """Count a request that was refused, with a status below 500."""
+        """Count a request that was refused (see `is_refusal`)."""
         self._requests.labels("refused").inc()
 
     def page(self, open_sequences: int) -> tuple[bytes, str]:
@@ -77,6 +83,11 @@ class Metrics:
                 gauge.labels(rank).set(figure)
         page: Any = generate_latest(self._registry)
         return page, CONTENT_TYPE_LATEST
+
+
+def is_refusal(status: int) -> bool:
+    """Return True if HTTP ``status`` says that a request was not accepted; 503 is that of a server that is stopping."""
+    return 400 <= status < 500 or status == 503
 
 
 def metrics_of(service: Service) -> Metrics:

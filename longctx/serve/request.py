@@ -22,7 +22,7 @@ from longctx.serve.bodies import (
 )
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
-_MOST_STOPS = 16
+_MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1_000  # each token is compared with all of them
 _TAIL = 8  # last tokens of a prompt: enough for the bytes of a character
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -127,15 +127,20 @@ class Reader:
         if body.messages is not None:
             return self.chat_tokens(body.messages)
         refuse_half_character(str(body.prompt), "prompt")
-        return tuple(tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens).tolist())
+        return tuple(
+            tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens is not False).tolist()
+        )
 
     def chat_tokens(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Return the tokens of a conversation in the model's chat template, up to the point where the answer begins."""
         if not self.tokenizer.chat_template:
             raise RequestRefused(f"{self.model} has no chat template: use /v1/completions", "messages")
-        plain = [message.plain(str(self.tokenizer.chat_template)) for message in messages]
         try:
+            template = str(self.tokenizer.get_chat_template())
+            plain = [message.plain(template) for message in messages]
             chat = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
+        except RequestRefused:
+            raise
         except Exception as error:  # a template can raise any error, such as for the order of roles
             raise RequestRefused(f"the model's chat template refuses these messages: {error}", "messages") from error
         return tuple(chat["input_ids"])
@@ -177,10 +182,7 @@ class Reader:
             given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
         if body.stop_token_ids is not None:
             given["stop_tokens"] = tuple(body.stop_token_ids)
-        if len(given.get("stop", ())) > _MOST_STOPS:
-            raise RequestRefused(f"stop has {len(given['stop'])} texts: use at most {_MOST_STOPS}", "stop")
-        for text in given.get("stop", ()):
-            refuse_half_character(text, "stop")
+        _refuse_stops(given.get("stop", ()))
         seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
         try:
             greedy = not given.get("temperature", self.defaults.temperature)
@@ -207,15 +209,26 @@ class Reader:
         most = min(self.max_tokens, self.shape.max_positions)
         for prompt, new in zip(prompts, max_new_tokens, strict=True):
             if len(prompt) + new > most:
-                raise RequestRefused(
-                    f"the prompt has {len(prompt):,} tokens, and with max_tokens={new:,} that is more than the "
-                    f"{most:,} that fit: shorten the prompt, or lower max_tokens",
-                    "max_tokens" if len(prompt) < most else "prompt",
-                    code="context_length_exceeded",
-                )
+                prompt_field = "messages" if isinstance(body, ChatBody) else "prompt"
+                self._refuse_length(len(prompt), new, most, prompt_field, _limit_field(body))
         self._refuse_unknown_token(max(sampling.stop_tokens, default=0), "stop_token_ids")
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return Ask(body.model, prompts, max_new_tokens, sampling, body.n or 1, bool(body.stream), usage, **others)
+
+    def _refuse_length(self, prompt: int, new: int, most: int, prompt_field: str, limit_field: str | None) -> None:
+        """Raise `RequestRefused` for a prompt of ``prompt`` tokens with ``new`` tokens, of which ``most`` fit."""
+        if limit_field and prompt < most:
+            more = f"with {limit_field}={new:,} that is more than the {most:,} that fit"
+            advice = f"{more}: shorten the prompt, or lower {limit_field}"
+        elif new:
+            advice = f"and {most:,} fit, with at least one of an answer: shorten the prompt"
+        else:
+            advice = f"and {most:,} fit: shorten the prompt"
+        raise RequestRefused(
+            f"the prompt has {prompt:,} tokens, {advice}",
+            limit_field if limit_field and prompt < most else prompt_field,
+            code="context_length_exceeded",
+        )
 
     def _refuse_choices(self, prompts: int, n: int) -> None:
         """Raise `RequestRefused` for too many answers; call this before the prompts are tokenized, which takes long."""
@@ -229,3 +242,19 @@ class Reader:
             self.shape.refuse_unknown_token(largest, param)
         except ValueError as error:
             raise RequestRefused(str(error), param) from error
+
+
+def _limit_field(body: Body) -> str | None:
+    """Return the name of the field of ``body`` that limits the new tokens; None if there is none."""
+    fields = ("max_completion_tokens", "max_tokens")
+    return next((name for name in fields if getattr(body, name, None) is not None), None)
+
+
+def _refuse_stops(stops: Sequence[str]) -> None:
+    """Raise `RequestRefused` for stop texts that are too many or too long, or no whole characters."""
+    if len(stops) > _MOST_STOPS:
+        raise RequestRefused(f"stop has {len(stops)} texts: use at most {_MOST_STOPS}", "stop")
+    if (characters := sum(map(len, stops))) > _MOST_STOP_CHARACTERS:
+        raise RequestRefused(f"stop has {characters:,} characters: use at most {_MOST_STOP_CHARACTERS:,}", "stop")
+    for text in stops:
+        refuse_half_character(text, "stop")

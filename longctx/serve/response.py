@@ -10,10 +10,14 @@ from functools import cached_property
 from typing import Any
 
 from longctx.infer.answer import TokenOffsets
+from longctx.infer.detokenize import token_bytes
 from longctx.infer.sample import TokenLogprob
+from longctx.serve.bodies import RequestRefused
 from longctx.serve.request import Ask
 
 Json = dict[str, Any]
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_PLAIN = {*range(32, 127)} - {ord("\\")}  # bytes that are written as themselves
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
@@ -33,6 +37,11 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": _encodable(message), "type": kind, "param": param and _encodable(param), "code": code}}
+
+
+def refusal(one: RequestRefused) -> Json:
+    """Return the body of the response to a request that was refused."""
+    return error(str(one), one.status, one.param, one.code)
 
 
 def _encodable(text: str) -> str:
@@ -72,6 +81,7 @@ class Form:
     tokenizer: Any
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    _texts: dict[int, str] = field(default_factory=dict, repr=False)  # by token
 
     def whole(self, choices: Sequence[Choice]) -> Json:
         """Return the body of the whole response, not streamed, with all ``choices``."""
@@ -146,7 +156,7 @@ class Form:
         if self.ask.chat:
             return {"content": [self._chat_logprob(one) for one in logprobs], "refusal": None}
         return {
-            "tokens": [self._text(one.token) for one in logprobs],
+            "tokens": [self._name(one.token) for one in logprobs],
             "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": [self._top(one) for one in logprobs],
             "text_offset": list(offsets),
@@ -164,7 +174,7 @@ class Form:
         offsets += _places(self.offsets(index), choice.logprobs)
         rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], offsets[1:])
         assert rest, "asked for"
-        head = {"tokens": self._text(first), "token_logprobs": None, "top_logprobs": None, "text_offset": offsets[0]}
+        head = {"tokens": self._name(first), "token_logprobs": None, "top_logprobs": None, "text_offset": offsets[0]}
         return {name: [head[name], *values] for name, values in rest.items()}
 
     def _top(self, one: TokenLogprob) -> Json:
@@ -174,20 +184,34 @@ class Form:
         """
         top: Json = {}
         for token, logprob in one.top:
-            top.setdefault(self._text(token), logprob)
+            top.setdefault(self._name(token), logprob)
         return top
 
     def _chat_logprob(self, one: TokenLogprob) -> Json:
-        pairs = [(one.token, one.logprob), *one.top]
-        texts = [(self._text(token), logprob) for token, logprob in pairs]
         first, *top = [
-            {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
-            for text, logprob in texts
+            {"token": self._text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
+            for token, logprob in [(one.token, one.logprob), *one.top]
         ]
         return {**first, "top_logprobs": top}
 
+    def _name(self, token: int) -> str:
+        """Return the text of ``token``, or its bytes in OpenAI's form, ``bytes:\\xe9``, if they are no characters."""
+        text, content = self._text(token), self._bytes(token)
+        if text.encode() == content:
+            return text
+        return "bytes:" + "".join(chr(one) if one in _PLAIN else f"\\x{one:02x}" for one in content)
+
+    def _bytes(self, token: int) -> bytes:
+        text = self._text(token)
+        return text.encode() if _REPLACEMENT not in text else token_bytes(self.tokenizer, token, text)
+
     def _text(self, token: int) -> str:
         """Return the text of ``token`` inside a text: a tokenizer may leave out a space at the beginning of a text."""
+        if token not in self._texts:
+            self._texts[token] = self._decode(token)
+        return self._texts[token]
+
+    def _decode(self, token: int) -> str:
         before, tokens = self._beginning
         text = str(self.tokenizer.decode([*tokens, token]))
         return text.removeprefix(before) if text.startswith(before) else str(self.tokenizer.decode([token]))

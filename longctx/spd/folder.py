@@ -77,5 +77,8 @@ def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) ->
         save_file(tensors, folder / ADAPTED, metadata={"format": "pt"})
         saved.write(folder)
         (to / "config.json").unlink(missing_ok=True)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(to / file.name)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            moved = to / file.relative_to(folder)
+            moved.parent.mkdir(exist_ok=True)
+            file.replace(moved)

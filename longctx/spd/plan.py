@@ -149,7 +149,7 @@ def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int,
             f"{file} was measured on another model ({measured['model']}): use that model, or measure this one with "
             "recipes.spd_sensitivity"
         )
-    return rank_blocks([block["score"] for block in measured["blocks"]])
+    return rank_blocks([float(block["score"]) for block in measured["blocks"]])
 
 
 def read_sensitivity(file: Path) -> Mapping[str, Any]:
@@ -159,7 +159,8 @@ def read_sensitivity(file: Path) -> Mapping[str, Any]:
     """
     try:
         measured: dict[str, Any] = json.loads(file.read_text())
-        measured["tp"], measured["fingerprint"], measured["model"], [block["score"] for block in measured["blocks"]]
+        measured["tp"], measured["fingerprint"], measured["model"]
+        [float(block["score"]) for block in measured["blocks"]]
     except OSError as error:
         raise ValueError(
             f"spd.sensitivity={file} cannot be read ({error.strerror}): give a file of recipes.spd_sensitivity"

@@ -154,11 +154,10 @@ class JsonLines:
         self._metrics, self._tables = (_keep_before(folder / f"{name}.jsonl", step) for name in ("metrics", "tables"))
 
     def log(self, figures: Figures, step: int) -> None:
-        _append(self._metrics, {"step": step, **{name: _to_json(value) for name, value in figures.items()}})
+        _append(self._metrics, {"step": step, **to_json(figures)})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        plain = [[_to_json(cell) for cell in row] for row in rows]
-        _append(self._tables, {"step": step, "table": name, "columns": list(columns), "rows": plain})
+        _append(self._tables, {"step": step, "table": name, "columns": list(columns), "rows": to_json(rows)})
 
     def image(self, name: str, path: Path, step: int) -> None: ...
 
@@ -207,10 +206,17 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
             raise
 
 
-def _to_json(value: Any) -> Any:
-    """Convert ``value`` for JSON: text, integers and None unchanged, finite numbers as floats, nan and inf as text."""
+def to_json(value: Any) -> Any:
+    """Convert ``value`` for JSON: text, integers and None unchanged, finite numbers as floats, nan and inf as text.
+
+    Mappings and sequences are converted item by item.
+    """
     if value is None or isinstance(value, str | int):
         return value
+    if isinstance(value, Mapping):
+        return {name: to_json(each) for name, each in value.items()}
+    if isinstance(value, Sequence):
+        return list(map(to_json, value))
     number = float(value)
     return number if math.isfinite(number) else str(number)
 

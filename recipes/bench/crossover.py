@@ -293,6 +293,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
 
 def draw(table_rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None:
     """Draw the TTFT of both strategies against the miss rate, with their crossings marked, to the file ``picture``."""
+    table_rows = sorted(table_rows, key=lambda row: row.miss_rate)  # neighbours have a crossing between them
     rates, faster = [row.miss_rate for row in table_rows], [row.pass_kv < row.pass_q for row in table_rows]
     links = f", {job.settings.rate} links" if job.settings.hosts else ""
     draw_lines(

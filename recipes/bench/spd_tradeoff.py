@@ -167,7 +167,9 @@ def perplexities(values: Mapping[str, Any], text: str | None) -> Iterator[Qualit
         label = "not repaired" if variant["label"] == RANKED else variant["label"]
         if label != IN_ORDER:
             for share, loss in zip(values["dropped"], losses[name], strict=True):
-                yield Quality(PERPLEXITY, label, variant["reduce"], share, 100 * expm1(loss - losses[RANKED][0]))
+                yield Quality(
+                    PERPLEXITY, label, variant["reduce"], share, 100 * expm1(float(loss) - float(losses[RANKED][0]))
+                )
 
 
 def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
@@ -191,7 +193,7 @@ def accuracies(values: Mapping[str, Any], tp: int) -> Iterator[Quality]:
             continue
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
-        yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)
+        yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], 0.0 - 100 * difference)
 
 
 def points_of(job: TradeoffJob) -> list[TradeoffPoint]:
@@ -205,10 +207,15 @@ def points_of(job: TradeoffJob) -> list[TradeoffPoint]:
 
 
 def say_untimed(job: TradeoffJob) -> None:
-    """Print which rounded reductions have a quality but no time, and are therefore left out."""
-    timed = {reduce for saved in job.saved.values() for reduce, _ in saved}
-    if untimed := sorted({quality.reduce for quality in job.qualities} - timed):
-        say(f"left out, since no latency file has their times (rows with this reduce): {'; '.join(untimed)}")
+    """Print, for each link, which reductions and shares have a quality but no time, and are therefore left out."""
+    measured = {(quality.reduce, quality.dropped) for quality in job.qualities}
+    for link, saved in job.saved.items():
+        by_reduce: dict[str, list[str]] = {}
+        for reduce, share in sorted(measured - set(saved)):
+            by_reduce.setdefault(reduce, []).append(f"{100 * share:.3g} %")
+        if by_reduce:
+            untimed = "; ".join(f"{reduce} with {', '.join(shares)} dropped" for reduce, shares in by_reduce.items())
+            say(f"left out, since the latency file of {link} has no time for them: {untimed}")
 
 
 def best_within(points: Sequence[TradeoffPoint], limit: float) -> TradeoffPoint | None:
@@ -222,7 +229,7 @@ def in_words(point: TradeoffPoint | None) -> str:
         return "none"
     quality = point.quality
     repair = f", {quality.dropped:.0%} dropped, {quality.name}" if quality.dropped else ""
-    return f"{quality.reduce}{repair}: saves {point.saved:.1f} %, costs {quality.loss:.2f}"
+    return f"{quality.reduce}{repair}: saves {point.saved:.1f} %, costs {quality.loss:z.2f}"
 
 
 def show(job: TradeoffJob, points: Sequence[TradeoffPoint]) -> None:

@@ -18,6 +18,7 @@ from recipes.common.train_job import TrainJob
 from recipes.common.train_setup import build_state, context_parallel
 
 if TYPE_CHECKING:
+    from longctx.data.batches import Batch
     from longctx.infer.engine import Engine
     from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
@@ -134,15 +135,22 @@ def engine_of(runtime: Runtime, job: TrainJob, run: TimedRun) -> Engine:
 def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
     """Return a function that takes a training step, in every call on the first batch."""
     from longctx.attention.backends import kernel_for
-    from longctx.data.batches import training_batches
-    from longctx.hf.config import tokenizer_of
     from longctx.train.step import train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
     parallelism = context_parallel(runtime, state, job, kernel)
-    batch, _ = next(training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None))
+    batch = first_batch(job, dp.rank(), dp.size())
     return lambda: train_step(state, batch, runtime, parallelism)
+
+
+def first_batch(job: TrainJob, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+    """Return the batch on which a training step is timed: this data-parallel rank's sequences of the first one."""
+    from longctx.data.batches import training_batches
+    from longctx.hf.config import tokenizer_of
+
+    batch, _ = next(training_batches(job.data, tokenizer_of(job.target.folder), dp_rank, dp_size)(None))
+    return batch
 
 
 def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:

@@ -19,13 +19,13 @@ from pydantic import PositiveInt
 
 from longctx.config import Context
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
-from longctx.cost.machine import Accuracy, Machine
+from longctx.cost.machine import Accuracy, Machine, strategies_differ
 from longctx.cost.step import step_cost
 from longctx.parallel.validate import refuse_unfit
 from longctx.text_file import write_text
 from recipes.bench.host_call import call_on_hosts
 from recipes.bench.hosts import bits_per_s, refuse_hosts
-from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
+from recipes.bench.timed_run import TimedRun, dropped_share, first_batch, measure, measure_all
 from recipes.bench.times_report import Row, covering_error, draw_times, errors, merge, page_of, show
 from recipes.bench.timing import refuse_gpu, refuse_set_by_runs
 from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
@@ -137,6 +137,7 @@ def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:
 def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, float]:
     """Return the predicted seconds of ``run`` by part.
 
+    A training step is predicted for the documents of the batch on which it is timed (`first_batch`).
     On emulated hosts, the links have the nominal rate and latency; the latency of a message on loopback is added.
     """
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
@@ -147,7 +148,7 @@ def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, floa
         return decode_cost(shape, mesh, machine, [run.cached], run.strategy, numbers).parts
     if run.work == "prefill":
         return prefill_cost(shape, mesh, machine, [job.data.length], [run.cached], run.strategy, numbers).parts
-    return step_cost(shape, mesh, machine, step_work(job), run.strategy, numbers).parts
+    return step_cost(shape, mesh, machine, step_work(job, first_batch(job).documents), run.strategy, numbers).parts
 
 
 def task(config: DictConfig) -> None:
@@ -230,7 +231,10 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
         axes = tuple(axis for axis in vars(meshes[0]) if any(getattr(mesh, axis) > 1 for mesh in meshes))
         if len(meshes) >= ENOUGH:
             share = covering_error([error for run, error in plain if run.work == work])
-            by_work[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element)
+            compared = {
+                run.strategy: None for run, _ in plain if run.work == work and strategies_differ(work, run.mesh)
+            }
+            by_work[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element, tuple(compared))
     return by_work
 
 

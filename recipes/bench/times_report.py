@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from longctx.cost.numerals import three_digits
 from recipes.common.cli import console
 from recipes.common.places import read_json
 from recipes.common.plots import draw_points
@@ -121,7 +122,7 @@ def page_of(results: Sequence[Row]) -> Iterator[str]:
         yield "|---|--:|--:|--:|--:|"
         for row, error in zip(some, errors(some), strict=True):
             middle, first, last, predicted = (
-                f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+                three_digits(1e3 * seconds)
                 for seconds in (median(row["measured"]), min(row["measured"]), max(row["measured"]), predicted_s(row))
             )
             yield f"| {row['run']} | {middle} | {first} to {last} | {predicted} | {error:+.0%} |"

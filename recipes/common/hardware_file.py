@@ -149,7 +149,10 @@ def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:
     """
     values = _values(name)
     assert isinstance(values, dict)
-    written = {work: {**asdict(one), "axes": list(one.axes)} for work, one in accuracies.items()}
+    lists = ("axes", "strategies")
+    written = {
+        work: {**asdict(one), **{name: list(getattr(one, name)) for name in lists}} for work, one in accuracies.items()
+    }
     values["errors"] = {**(values.get("errors") or {}), **written}
     write_text(Path(name).expanduser(), yaml.safe_dump(values, sort_keys=False))
 

@@ -13,7 +13,7 @@ def read_key(file: str | None) -> str | None:
 
     Returns None if neither is given.
 
-    Raises ValueError for a file that cannot be read, and for a key that is empty or not ASCII.
+    Raises ValueError for a file that cannot be read, and for a key that is not one word of printable ASCII characters.
     """
     name, key = f"the environment variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
     if file:
@@ -22,9 +22,16 @@ def read_key(file: str | None) -> str | None:
             key = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} cannot be read: {error}; give a file with the key") from error
-    if key is not None and not (key.strip() and key.strip().isascii()):
+    if key is None:
+        return None
+    words = key.split()
+    if not (words and key.isascii()):
         raise ValueError(f"{name} has no key of ASCII characters: write one, or leave it out")
-    return key.strip() if key else None
+    if len(words) > 1 or not words[0].isprintable():
+        raise ValueError(
+            f"{name} has a key that no client can send ({len(words)} words): write one word of printable characters"
+        )
+    return words[0]
 
 
 def refuse_open_host(host: str, key: str | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.text_file import write_text
+from longctx.train.track import to_json
 
 _SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # by setting
 
@@ -85,6 +86,9 @@ def read_json(file: str | Path, fix: str, name: str = "") -> Any:
 
 
 def write_json(out: str, result: Mapping[str, object]) -> None:
-    """Write ``result`` to ``out`` as JSON, one line per key; the file appears whole or not at all."""
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    """Write ``result`` to ``out`` as JSON, one line per key; the file appears whole or not at all.
+
+    JSON has no numbers that are not finite; they are the strings "nan", "inf" and "-inf", which ``float`` reads.
+    """
+    lines = (f"  {json.dumps(key)}: {json.dumps(to_json(value), allow_nan=False)}" for key, value in result.items())
     write_text(Path(out), "{\n" + ",\n".join(lines) + "\n}\n")

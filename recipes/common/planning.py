@@ -10,7 +10,9 @@ from itertools import product
 from longctx.config import DataSettings, Mesh, TextSource
 from longctx.cost.decode import SHARED_ROWS
 from longctx.cost.forward import PassCost, decode_cost, forward_flops, prefill_cost
+from longctx.cost.machine import strategies_differ
 from longctx.cost.memory import inference_bytes, step_bytes
+from longctx.cost.numerals import three_digits
 from longctx.cost.step import StepWork, step_cost
 from longctx.cost.training import mfu, train_flops
 from longctx.parallel.validate import refuse_few_tokens, refuse_unfit
@@ -94,12 +96,19 @@ class Plan:
     def error(self) -> float | None:
         """Relative error that 80 % of comparable predictions were within (0.1: 10 %); None without comparable runs.
 
-        Plans with dropped reductions have no comparable runs.
+        Plans with dropped reductions have no comparable runs.  For a turn with its answer, it is the larger one of the
+        errors of turns and of decoding.
         """
-        question = self.question
+        question, kinds = self.question, [(self.question.work.kind, self.strategy)]
         if question.numbers(self.mesh).spd_share:
             return None
-        return question.machine.expected_error(question.work.kind, self.mesh, question.dtype_bytes)
+        if self.decode and question.work.new_tokens > 1:  # the prefill gives an answer's first token
+            kinds.append(("decode", self.decode))
+        shares = [
+            question.machine.expected_error(kind, self.mesh, strategy, question.dtype_bytes) for kind, strategy in kinds
+        ]
+        known = [share for share in shares if share is not None]
+        return max(known) if len(known) == len(kinds) else None
 
     @property
     def bound(self) -> str:
@@ -171,12 +180,10 @@ def plans_of(question: Question) -> list[Plan]:
     A mesh on which all strategies are equal has a plan for the first one only.
     """
     strategies = question.strategies
-    decodes = question.work.kind == "decode"
     plans = [
         _plan_with_or_without_drops(question, mesh, strategy)
         for mesh in meshes_of(question.gpus, trains=question.work.kind == "train", experts=question.experts)
-        # On one ring rank, all strategies of prefill and training are equal.
-        for strategy in (strategies if (mesh.context if decodes else mesh.ring) > 1 else strategies[:1])
+        for strategy in (strategies if strategies_differ(question.work.kind, mesh) else strategies[:1])
     ]
     return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
 
@@ -286,7 +293,7 @@ def broken_limit(question: Question, plan: Plan) -> str | None:
         name = part.replace("_", " ")
         return f"needs {plan.memory_gb:,.1f} GB of the {limit:,.1f} GB of a GPU ({name} {size / 1e9:,.1f} GB)"
     if question.max_ttft_s and plan.ttft_s and plan.ttft_s > question.max_ttft_s:
-        return f"takes {plan.ttft_s:,.3g} s to the first token, max_ttft_s={question.max_ttft_s:g}"
+        return f"takes {three_digits(plan.ttft_s)} s to the first token, max_ttft_s={question.max_ttft_s:g}"
     return None
 
 

@@ -33,12 +33,14 @@ def draw_lines(
 ) -> None:
     """Draw each of ``series`` over ``x_values`` to the file ``out``; ``x`` and ``y`` label the axes.
 
+    ``x_values`` may have any order; lines run from the smallest to the largest.
     Dashed lines mark the values ``marked`` of x, which the legend explains by ``marked_label``, and ``levels`` of y.
     ``ticks`` are the values of x that get a label; the default is powers of ten, or as many values as fit.
     """
     figure, axes = _new_figure()
     for i, (name, values) in enumerate(series.items()):
-        axes.plot(x_values, values, **_line(i), label=name)
+        points = sorted(zip(x_values, values, strict=True), key=lambda point: point[0])
+        axes.plot(*zip(*points, strict=True), **_line(i), label=name)
     for i, value in enumerate(marked):
         axes.axvline(value, color="#6b7280", linestyle="--", linewidth=1, label=None if i else marked_label or None)
     for value in levels:
@@ -46,7 +48,7 @@ def draw_lines(
     if log_x:
         axes.set_xscale("log")
     if ticks:
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
     if log_y:
         axes.set_yscale("log")

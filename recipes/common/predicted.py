@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
+from longctx.cost.numerals import three_digits
 
 if TYPE_CHECKING:
     from longctx.config import Context, Mesh
@@ -72,4 +73,8 @@ def beside(measured: float | None, predicted: Mapping[str, float | None] | None,
     ``name`` is the key of the prediction, such as ``ttft_s``.
     """
     seconds = predicted[name] if predicted else None
-    return "" if seconds is None or not measured else f", predicted {seconds:.3g} s ({seconds / measured - 1:+.0%})"
+    return (
+        ""
+        if seconds is None or not measured
+        else f", predicted {three_digits(seconds)} s ({seconds / measured - 1:+.0%})"
+    )

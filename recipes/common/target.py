@@ -15,7 +15,7 @@ from rich.markup import escape
 from longctx.config import Context, Mesh, ModelSource, Reduce, Run, Sampling
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
-from longctx.hf.generation import unapplied_settings
+from longctx.hf.generation import generation_file, unapplied_settings, unread_end_tokens
 from longctx.hf.locate import locate
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
@@ -227,11 +227,20 @@ def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
 
 
 def say_unapplied(folder: Path, sampling: Sampling) -> None:
-    """Print the settings of generation_config.json that would change transformers' text and are not applied."""
+    """Print the settings of generation that would change transformers' text and are not applied.
+
+    Also print the end tokens of config.json that generation_config.json hides, here and in transformers.
+    """
     unapplied = unapplied_settings(folder, sampled=sampling.temperature > 0)
     if others := {name: value for name, value in unapplied.items() if getattr(sampling, name, None) != value}:
         names = ", ".join(f"{name}={value}" for name, value in others.items())
-        say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
+        file = generation_file(folder).name
+        say(f"{file} has {escape(names)}: not applied here, so the text may differ from transformers'")
+    if (ends := unread_end_tokens(folder)) is not None:
+        say(
+            "the model has no end token: generation_config.json has no eos_token_id, and hides that of config.json, as "
+            f"in transformers; to end answers, add eos_token_id={escape(str(ends))} to generation_config.json"
+        )
 
 
 def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:

@@ -120,7 +120,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings, recipe)
     refuse_offload(target, settings.offload, lora)
-    refuse_no_adapters(target, settings, lora)
+    if not from_scratch:
+        refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
     # 2. The text.
     tokenizer = tokenizer_of(target.folder)
@@ -155,7 +156,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     )
     refuse_no_room(job)
     refuse_other_model(job)
-    refuse_other_run(job)
+    refuse_other_run(job, tokenizer)
     return job
 
 
@@ -225,7 +226,12 @@ def refuse_offload_folder(where: str | None) -> None:
 
 
 def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:
-    """Raise ValueError if ``lora`` is set for a model, or together with a setting, that adapters do not support."""
+    """Raise ValueError if ``lora`` is set for a model, or together with a setting, that adapters do not support.
+
+    Also raises ValueError for a ``settings.seed`` without adapters, in a run that does not draw its weights.
+    """
+    if lora.rank is None and settings.seed:
+        raise ValueError(f"seed={settings.seed} draws only adapters, and lora.rank is null: leave out seed")
     if lora.rank is None:
         return
     for is_so, what, instead in (

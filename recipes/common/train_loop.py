@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
@@ -15,6 +15,7 @@ from recipes.common.divergence import refuse_diverged_step
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
 from recipes.common.train_report import Measured, RunResult, TrainedStep
+from recipes.common.train_resume import text_state
 from recipes.common.train_setup import build_state, context_parallel
 from recipes.common.train_text import FaultyText, TrainingText, held_out_text
 
@@ -125,7 +126,8 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
     """Load the last whole checkpoint into ``state`` and return its resume point; a new run starts at step 0.
 
-    Every rank calls this.  ``report`` receives lines for the user, such as why a checkpoint was skipped.
+    Every rank calls this.  ``report`` receives lines for the user, such as why a checkpoint was skipped.  Raises
+    ValueError if the run has checkpoints, but none is whole.
     """
     from longctx.megatron.training import checkpoint
 
@@ -139,23 +141,11 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
     checkpoint.load(folder, state)
     metadata = checkpoint_index.read_metadata(folder)
     report(f"resuming after step {metadata['step']}, from {folder}")
-    data = _with_weights(metadata)
+    data = text_state(metadata)
     was, now = data["documents"] and data["documents"]["weights"], [source.weight for source in job.data.sources]
     if was and was != now:
         report(f"data.sources: weights were {was}, now {now}: from here on, sources are mixed by the new weights")
     return Start(metadata["step"], metadata["step"] + 1, data, metadata["run_id"])
-
-
-def _with_weights(metadata: Mapping[str, Any]) -> State:
-    """Return the text's resume state in a checkpoint's ``metadata``; add the weights of its sources if it lacks them.
-
-    Version 0.1 saved the weights in the settings only.
-    """
-    data: State = metadata["data"]
-    if not data["documents"]:
-        return data
-    weights = [source.get("weight", 1.0) for source in metadata["config"]["data"]["sources"]]
-    return {**data, "documents": {"weights": weights, **data["documents"]}}
 
 
 def train_steps(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from longctx.cost.forward import Numbers
+from longctx.cost.numerals import three_digits
 from longctx.cost.step import step_cost
 from longctx.hf.checkpoint import export_command
 from recipes.common.cli import STOPPED, console
@@ -43,31 +44,26 @@ class TrainedStep:
 class Measured:
     """Seconds of each of a run's last 100 steps, and the peak memory of a step in bytes by part (None: not counted).
 
-    ``steps`` counts the steps of this start.  ``documents`` has the lengths of the documents in each sequence of the
-    last step.  ``offloaded`` are the most bytes of activations that the first rank had
-    offloaded at once (None: it offloads none).  The first step warms up, and a step whose bytes are counted is slower:
-    their seconds are left out.
+    ``steps`` counts the steps of this start.  ``documents`` has, for each of ``seconds``, the lengths of the documents
+    in each sequence of its step.  ``offloaded`` are the most bytes of activations that the first rank had offloaded at
+    once (None: it offloads none).  The first step warms up, and a step whose bytes are counted is slower: their seconds
+    are left out.
     """
 
     steps: int = 0
     seconds: tuple[float, ...] = ()
     memory: Mapping[str, int] | None = None
     offloaded: float | None = None
-    documents: tuple[tuple[int, ...], ...] = ()
+    documents: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def after(self, done: TrainedStep) -> Measured:
         """Return the figures after the step ``done``; if its bytes were not counted, the last count stays."""
         memory, step_s, offloaded = done.memory, done.figures["step_s"], done.figures.get("offloaded_bytes")
-        figures = replace(
-            self,
-            steps=self.steps + 1,
-            memory=memory or self.memory,
-            offloaded=offloaded,
-            documents=done.documents,
-        )
+        figures = replace(self, steps=self.steps + 1, memory=memory or self.memory, offloaded=offloaded)
         if self.steps == 0 or memory or step_s is None:
             return figures
-        return replace(figures, seconds=(*self.seconds[-99:], step_s))
+        seconds, documents = (*self.seconds[-99:], step_s), (*self.documents[-99:], done.documents)
+        return replace(figures, seconds=seconds, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -104,13 +100,16 @@ def predict_step(job: TrainJob, documents: tuple[tuple[int, ...], ...]) -> float
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
     """Return rows (name, text) of a table: measured time and memory of a step, each with its prediction.
 
+    The times are medians over the same steps, each predicted for its documents.
     A last row has the offloaded bytes, without a prediction.  A figure that was not measured has no row; nor has the
     time without a prediction.
     """
-    table_rows, predicted = list[tuple[str, str]](), predict_step(job, measured.documents)
-    if predicted is not None and measured.seconds:
-        seconds = median(measured.seconds)
-        table_rows.append(("time of a step", f"{seconds:.3g} s{beside(seconds, {'step_s': predicted}, 'step_s')}"))
+    table_rows = list[tuple[str, str]]()
+    steps = [predict_step(job, documents) for documents in measured.documents]
+    known = [seconds for seconds in steps if seconds is not None]  # all of them, or none
+    if known:
+        seconds, predicted = median(measured.seconds), {"step_s": median(known)}
+        table_rows.append(("time of a step", f"{three_digits(seconds)} s{beside(seconds, predicted, 'step_s')}"))
     if measured.memory:
         table_rows.append(("peak memory of a step", describe_memory(measured.memory, predict_memory(job))))
     if measured.offloaded is not None:

@@ -21,6 +21,9 @@ from recipes.common.places import nearest_existing, read_json
 from recipes.common.predicted import ELEMENT_BYTES
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longctx.data.stage import State
     from recipes.common.train_job import TrainJob
 
 _MOMENTS, _COPY = 8, 4  # bytes per weight of the optimizer's two moments, and of its copy of the weight; in float32
@@ -110,13 +113,17 @@ def refuse_no_room(job: TrainJob) -> None:
         )
 
 
-def refuse_other_run(job: TrainJob) -> None:
+def refuse_other_run(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if the last whole checkpoint is beyond this run's steps, or was made with other settings.
 
-    These are the text, the initial weights, the dropped blocks, optim.zero1, model.dtype, model.fp8,
-    data.conversations and lora.
+    These are the text and its order, the initial weights, the dropped blocks, optim.zero1, model.dtype, model.fp8,
+    data.conversations and lora.  Also raises ValueError if there are checkpoints, but none is whole.
     """
-    place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
+    from longctx.data.batches import refuse_state
+
+    checkpoints = job.out / "checkpoints"
+    place, passed_over = checkpoint_index.latest_whole(checkpoints)
+    checkpoint_index.refuse_none_whole(checkpoints, place, passed_over)
     if not place:
         return
     metadata = checkpoint_index.read_metadata(place)
@@ -143,6 +150,8 @@ def refuse_other_run(job: TrainJob) -> None:
     ):
         if before != now:
             raise ValueError(f"{place} was made with {name}={_as_typed(before)}: use that, or another out=")
+    if metadata["step"] < job.settings.steps:
+        refuse_state(text_state(metadata), job.data, tokenizer, job.target.shape.end_tokens)
 
 
 def _describe_dropped(dropped: Sequence[int], tp: int) -> str:
@@ -183,6 +192,18 @@ def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -
     name = f"the text of {changed[0]} has" if changed else "data.sources have"
     hint = left_out_by_version_0_2(changed[0]) if changed else ""
     raise ValueError(f"{name} changed since {place} was written: restore it, or give another out= for a new run{hint}")
+
+
+def text_state(metadata: Mapping[str, Any]) -> State:
+    """Return the text's resume state in a checkpoint's ``metadata``; add the weights of its sources if it lacks them.
+
+    Version 0.1 saved the weights in the settings only.
+    """
+    data: State = metadata["data"]
+    if not data["documents"]:
+        return data
+    weights = [source.get("weight", 1.0) for source in metadata["config"]["data"]["sources"]]
+    return {**data, "documents": {"weights": weights, **data["documents"]}}
 
 
 def weights_of(shape: ModelShape) -> int:

@@ -77,22 +77,29 @@ def test_lost_inputs_are_not_hidden(bad):
 
 
 @pytest.mark.parametrize(
-    ("rows", "keys", "dtype", "faster", "expected"),
+    ("rows", "keys", "causal", "dtype", "faster", "threads", "expected"),
     [
-        (43, 64, torch.float32, True, True),
-        (42, 64, torch.float32, True, False),
-        (43, 63, torch.float32, True, False),
-        (43, 64, torch.float64, True, False),
-        (43, 64, torch.bfloat16, True, True),
-        (43, 64, torch.float32, False, False),
+        (43, 256, False, torch.float32, True, 1, True),
+        (43, 256, False, torch.float32, True, 2, False),
+        (512, 512, True, torch.float32, True, 1, True),
+        (511, 511, True, torch.float32, True, 1, False),
+        (42, 256, False, torch.float32, True, 1, False),
+        (43, 255, False, torch.float32, True, 1, False),
+        (43, 256, False, torch.float64, True, 1, False),
+        (43, 256, False, torch.bfloat16, True, 1, True),
+        (43, 256, False, torch.float32, False, 1, False),
     ],
 )
-def test_large_float32_tiles_take_it_on_cpus_where_it_is_faster(monkeypatch, rows, keys, dtype, faster, expected):
+def test_large_float32_tiles_take_it_on_cpus_where_it_is_faster(
+    monkeypatch, rows, keys, causal, dtype, faster, threads, expected
+):
     monkeypatch.setattr(onednn, "is_faster", lambda: faster)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen, forward = [], flash_onednn.forward
     monkeypatch.setattr(flash_onednn, "forward", lambda *args: seen.append(args) or forward(*args))
     q, k, v = (torch.randn(1, n, heads, 8, dtype=dtype) for n, heads in ((rows, 6), (keys, 2), (keys, 2)))
-    part = flash_cpu.flash_cpu.forward(q, k, v, False)
+    part = flash_cpu.flash_cpu.forward(q, k, v, causal)
     assert bool(seen) == expected
+    mask = torch.ones(rows, keys, dtype=torch.bool)
     assert part.out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    oracle.assert_close(part.out, oracle.attention(q, k, v, torch.ones(rows, keys, dtype=torch.bool))[0], 2e-6)
+    oracle.assert_close(part.out, oracle.attention(q, k, v, mask.tril() if causal else mask)[0], 2e-6)

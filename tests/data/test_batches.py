@@ -9,7 +9,7 @@ import torch
 
 from longctx.config import DataSettings, TextSource
 from longctx.data import packing
-from longctx.data.batches import batches, left_out, training_batches
+from longctx.data.batches import batches, left_out, refuse_state, training_batches
 from longctx.data.packing import pack
 from tests.data.texts import assert_resumes, pages, stage_of, take, write_source
 
@@ -157,6 +157,21 @@ def test_invalid_settings_are_refused(change, words):
 def test_invalid_sources_are_refused(source, words):
     with pytest.raises(ValueError, match=words):
         TextSource(**source)
+
+
+def test_state_of_every_source_is_checked_without_reading_its_text(byte_tokenizer, tmp_path):
+    """The second source's turn comes after several batches."""
+    (tmp_path / "a.txt").write_text("a" * 400)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b" * 400, "other": "c" * 400}) + "\n")
+    first, second = (TextSource(path=str(tmp_path / name)) for name in ("a.txt", "b.jsonl"))
+    data = DataSettings((first, second), 16, 1)
+    ((_, state),) = take(training_batches(data, byte_tokenizer), 1)
+    refuse_state(state, data, byte_tokenizer)
+    for changed in (data.sources[:1], (first, replace(second, text_key="other"))):
+        with pytest.raises(ValueError, match=r"the state to resume from (has 2 sources|needs text_key=text)"):
+            refuse_state(state, replace(data, sources=changed), byte_tokenizer)
+    with pytest.raises(ValueError, match=r"needs data\.shuffle=0 data\.seed=0"):
+        refuse_state(state, replace(data, shuffle=2), byte_tokenizer)
 
 
 def test_cut_document_continues_with_another_number_of_epochs(byte_tokenizer, tmp_path):

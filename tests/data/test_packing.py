@@ -68,7 +68,22 @@ def test_dropped_tokens_are_logged(caplog):
 def test_state_of_a_document_that_became_shorter_is_refused():
     _, state = take(pack(stage_of([1] * 7), 5), 1)[0]
     with pytest.raises(ValueError, match="document 0 is shorter than"):
-        take(pack(stage_of([1] * 5), 5), state=state)
+        take(pack(stage_of([1] * 4), 5), state=state)
+
+
+def test_document_whose_end_token_alone_is_left_may_lose_it():
+    _, state = take(pack(stage_of([1] * 5 + [9], [2, 3, 4]), 5), 1)[0]
+    assert state["used"] == 5
+    ((following, _),) = take(pack(stage_of([1] * 5, [2, 3, 4]), 3), state=state)
+    assert following.tokens.tolist() == [2, 3, 4]
+    assert_resumes(pack(stage_of([1] * 5, [2, 3, 4], [5, 6]), 2))
+
+
+def test_document_that_no_epoch_has_any_more_is_not_left_out_in_silence():
+    _, state = take(pack(stage_of([1, 2], [3, 4, 5]), 4), 1)[0]
+    assert state["used"] == 2
+    with pytest.raises(ValueError, match=r"inside a document that data\.epochs now leaves out: use as many epochs"):
+        take(pack(stage_of([1, 2]), 4), state=state)
 
 
 def test_real_pages_shard_by_document(byte_tokenizer, tmp_path):

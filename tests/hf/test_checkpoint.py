@@ -1,14 +1,18 @@
-"""Advice to export the training run to which a folder belongs."""
+"""A folder's tensors, its fingerprint, and the advice to export the training run to which it belongs."""
 
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
-from longctx.hf.checkpoint import export_advice
+from longctx.hf.checkpoint import export_advice, fingerprint, tensor_files
 from recipes import export
 from recipes.common.cli import compose_config
 from recipes.common.overrides import as_overrides
+from tests.hf.configs import SIZES, save_config
 
 
 @pytest.fixture
@@ -52,3 +56,29 @@ def test_checkpoint_at_the_top_of_a_file_system_has_no_run(monkeypatch):
         assert f"checkpoint={folder} to=/hf" in export_advice(Path(folder))
     with pytest.raises(ValueError, match=r"/model has no config.json: copy both, to RUN/checkpoints/a_checkpoint"):
         export.refuse_unexportable(Path("/a_checkpoint"), Path("/hf"))
+
+
+def test_tensors_are_in_one_file_or_in_those_of_the_index(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors: this model has no weights yet, train it"):
+        tensor_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
+        tensor_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
+    assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
+    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors"), (
+        "the index is of an older save"
+    )
+
+
+@pytest.mark.parametrize("changed", ["first", "last"])
+@pytest.mark.parametrize("at", [0, 1500, -1])
+def test_fingerprint_differs_if_one_tensor_differs(tmp_path, changed, at):
+    plain = {name: torch.zeros(3001) for name in ("first", "last")}
+    other = {**plain, changed: plain[changed].index_fill(0, torch.tensor([at]), 1.0)}
+    prints = []
+    for name, tensors in (("a", plain), ("b", other), ("c", plain)):
+        save_file(tensors, save_config(tmp_path / name, LlamaConfig(**SIZES)) / "model.safetensors")
+        prints.append(fingerprint(tmp_path / name))
+    assert prints[0] == prints[2] != prints[1]

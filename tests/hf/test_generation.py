@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from longctx.hf.config import shape_of
-from longctx.hf.generation import _GREEDY, _SAMPLED, unapplied_settings
+from longctx.hf.generation import _GREEDY, _SAMPLED, end_tokens, unapplied_settings, unread_end_tokens
 from tests.hf.test_tensors import SIZES
 
 PROMPT = torch.tensor([[3, 5, 7, 3, 5, 11, 3, 5]])
@@ -53,7 +54,27 @@ def test_settings_of_sampling_are_named_if_tokens_are_drawn(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "min_p": 0.1, "temperature": 2}')
     assert unapplied_settings(tmp_path, sampled=False) == {}
     assert unapplied_settings(tmp_path, sampled=True) == {"top_k": 20, "min_p": 0.1}
-    assert unapplied_settings(tmp_path / "none", sampled=True) == {}
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert unapplied_settings(tmp_path, sampled=True) == {}
+
+
+@pytest.mark.parametrize("in_generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": [5, 7]}], ids=str)
+@pytest.mark.parametrize("in_config", [{}, {"eos_token_id": None}, {"eos_token_id": 3}], ids=str)
+def test_settings_come_from_the_same_file_as_in_transformers(model, tmp_path, in_config, in_generation):
+    """config.json's count only without a generation_config.json; the class's default of eos_token_id never does."""
+    model.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    del stated["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps({**stated, "repetition_penalty": 5.0, **in_config}))
+    (tmp_path / "generation_config.json").unlink()
+    if in_generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(in_generation))
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).generation_config
+    ends = end_tokens(tmp_path)
+    assert list(ends) == ([] if theirs.eos_token_id is None else np.atleast_1d(theirs.eos_token_id).tolist())
+    assert unapplied_settings(tmp_path, sampled=False).get("repetition_penalty") == theirs.repetition_penalty
+    is_hidden = in_generation is not None and not ends
+    assert unread_end_tokens(tmp_path) == (in_config.get("eos_token_id") if is_hidden else None)
 
 
 def test_every_setting_of_transformers_is_known():

@@ -25,6 +25,12 @@ SIZES = {
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
 
 
+def long_factors(name, value):
+    """Settings of LongRoPE for heads of 4 channels, with ``value`` in place of the field ``name``."""
+    factors = {"factor": 2.0, "short_factor": [1.0, 1.5], "long_factor": [2, 3.0]}
+    return {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **factors, name: value}}
+
+
 def write(folder, model_type="llama", **changed):
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, **changed}))
     return folder
@@ -83,6 +89,7 @@ def test_key_that_is_not_read_is_refused(tmp_path, model_type, changed, words):
         ),
         ("qwen2", keys._NEUTRAL | {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}),
         ("mistral", {**keys._NEUTRAL, "sliding_window": None}),
+        ("gemma3_text", {"use_bidirectional_attention": None}),
         (
             "llama",
             {"temperature": 0.3, "max_length": 5, "repetition_penalty": 1.3, "tokenizer_class": "LlamaTokenizer"},
@@ -210,6 +217,19 @@ def test_router_loss_is_read_as_in_transformers(tmp_path, model_type):
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type="),
         ({"model_type": "olmo3", "rope_parameters": {"a": 1}}, "rope_type="),
         ({"rope_parameters": "default"}, "rope_parameters"),
+        (long_factors("long_factor", [1.0]), "long_factor of rope_type=longrope must be a list of 2 .* a list of 1"),
+        (long_factors("short_factor", [1.0] * 3), "short_factor of rope_type=longrope must be a list of 2 .* of 3"),
+        (long_factors("short_factor", "ab"), "short_factor of rope_type=longrope must be a list of 2 .* is 'ab'"),
+        (long_factors("long_factor", [1.0, "2"]), "long_factor of .* has a value that is not a positive number"),
+        (long_factors("short_factor", [1.0, -1]), "short_factor of .* has a value that is not a positive number"),
+        (long_factors("long_factor", [[1.0], [1.0]]), "long_factor of .* has a value that is not a positive number"),
+        (long_factors("attention_factor", "x"), "rope_type=longrope with these settings gives no rotary embedding"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": -1.0}},
+            r"rope_type=yarn with these settings gives no rotary embedding \(math domain error\): correct rope",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": -1.0}, r"partial_rotary_factor=-1\.0 is not above 0"),
+        ({"model_type": "phi3", "partial_rotary_factor": 3.0}, r"partial_rotary_factor=3\.0 is not .* at most 1"),
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0 is not a positive number"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is not possible with 8 experts"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "describes no model of type qwen3_moe"),

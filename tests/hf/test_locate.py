@@ -1,4 +1,4 @@
-"""A model's settings become a folder, a shape and end tokens; unsupported architectures are refused."""
+"""A model's settings become a folder: a local one, one of the hub, or one that is made from a wheel."""
 
 import errno
 import hashlib
@@ -13,140 +13,17 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import constants, errors
-from safetensors.torch import save_file
-from transformers import (
-    DeepseekV3Config,
-    Gemma3TextConfig,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-)
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from huggingface_hub.utils import filter_repo_objects
 
 from longctx.config import ModelSource
 from longctx.hf import gguf_file
 from longctx.hf.checkpoint import fingerprint, tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
+from longctx.hf.scratch import write_folder_like
+from tests.hf.configs import cached_folders
 from tests.tiny import tiny_model, tiny_tokenizer
-
-SIZES = {
-    "vocab_size": 307, "hidden_size": 60, "intermediate_size": 59, "num_hidden_layers": 5, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 97, "rms_norm_eps": 3e-5, "eos_token_id": 13,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 31,
-}  # fmt: skip
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 31}
-
-
-def save_config(folder: Path, config: PreTrainedConfig) -> Path:
-    config.save_pretrained(folder)
-    return folder
-
-
-def test_shape_of_a_llama(tmp_path):
-    shape = shape_of(save_config(tmp_path, LlamaConfig(**SIZES, head_dim=14, tie_word_embeddings=True)))
-    assert (shape.layers, shape.hidden, shape.ffn, shape.vocab_size, shape.max_positions) == (5, 60, 59, 307, 97)
-    assert (shape.heads, shape.kv_heads, shape.head_dim) == (6, 2, 14)
-    assert (shape.norm_eps, shape.tied, shape.qkv_bias, shape.end_tokens) == (3e-5, True, False, (13,))
-
-
-def test_shape_of_a_qwen2(tmp_path):
-    shape = shape_of(save_config(tmp_path, Qwen2Config(**SIZES)))
-    assert (shape.heads, shape.kv_heads, shape.head_dim) == (6, 2, 60 // 6)
-    assert (shape.tied, shape.qkv_bias) == (False, True)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [{"rope_type": "default", "rope_theta": 7e4}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}, LLAMA3],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rotary_frequencies_equal_those_of_transformers(tmp_path, rope):
-    config = LlamaConfig(**SIZES, head_dim=62, rope_parameters=rope)
-    shape = shape_of(save_config(tmp_path, config))
-    assert torch.equal(torch.tensor(shape.rotaries[0].frequencies), LlamaRotaryEmbedding(config).inv_freq)
-    plain = rope["rope_theta"] ** (-torch.arange(0, 62, 2) / 62)
-    assert torch.allclose(torch.tensor(shape.rotaries[0].frequencies), plain) == (rope["rope_type"] == "default")
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2 .*needs learned positions.*: use one of gemma3"),
-        (DeepseekV3Config(), "model_type=deepseek_v3 .*needs multi-head latent attention"),
-        (Qwen2MoeConfig(), "model_type=qwen2_moe .*needs a shared expert.*; the nearest is qwen3_moe$"),
-        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu, .* with hidden_act=silu"),
-        (LlamaConfig(**SIZES, rope_parameters=DYNAMIC), "rope_type=dynamic is not implemented: .*linear, llama3, yarn"),
-        (Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
-    ],
-    ids=lambda value: value.split("=")[0] if isinstance(value, str) else value.model_type,
-)
-def test_unsupported_architecture_is_refused(tmp_path, config, words):
-    with pytest.raises(ValueError, match=words):
-        shape_of(save_config(tmp_path, config))
-
-
-@pytest.mark.parametrize(
-    ("config", "windows"),
-    [
-        (LlamaConfig(**SIZES), (None,) * 5),
-        (MistralConfig(**SIZES, sliding_window=11), (11,) * 5),
-        (MistralConfig(**SIZES, sliding_window=None), (None,) * 5),
-        (
-            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=11, max_window_layers=2),
-            (None, None, 11, 11, 11),
-        ),
-        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=11), (None,) * 5),
-    ],
-)
-def test_each_layer_has_its_window(tmp_path, config, windows):
-    assert shape_of(save_config(tmp_path, config)).windows == windows
-
-
-@pytest.mark.parametrize(
-    ("config_ends", "generation_ends", "ends"),
-    [(13, None, (13,)), (None, None, ()), ([3, 5], None, (3, 5)), (13, 7, (7,)), (13, [7, 11], (7, 11)), (13, 0, (0,))],
-)
-def test_generation_config_overrides_end_tokens(tmp_path, config_ends, generation_ends, ends):
-    save_config(tmp_path, LlamaConfig(**SIZES | {"eos_token_id": config_ends}))
-    if generation_ends is not None:
-        GenerationConfig(eos_token_id=generation_ends).save_pretrained(tmp_path)
-    assert shape_of(tmp_path).end_tokens == ends
-
-
-def test_tensors_are_in_one_file_or_in_those_of_the_index(tmp_path):
-    with pytest.raises(ValueError, match=r"has no model\.safetensors: this model has no weights yet, train it"):
-        tensor_files(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
-        tensor_files(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
-    assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
-    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors"), (
-        "the index is of an older save"
-    )
-
-
-@pytest.mark.parametrize("changed", ["first", "last"])
-@pytest.mark.parametrize("at", [0, 1500, -1])
-def test_fingerprint_differs_if_one_tensor_differs(tmp_path, changed, at):
-    plain = {name: torch.zeros(3001) for name in ("first", "last")}
-    other = {**plain, changed: plain[changed].index_fill(0, torch.tensor([at]), 1.0)}
-    prints = []
-    for name, tensors in (("a", plain), ("b", other), ("c", plain)):
-        save_file(tensors, save_config(tmp_path / name, LlamaConfig(**SIZES)) / "model.safetensors")
-        prints.append(fingerprint(tmp_path / name))
-    assert prints[0] == prints[2] != prints[1]
 
 
 def test_folder_is_a_model_if_it_has_a_config(tmp_path):
@@ -172,6 +49,51 @@ def test_chat_template_replaces_that_of_the_model(tmp_path):
         folder = locate(replace(model, chat_template=str(file)))
         assert tokenizer_of(folder).apply_chat_template(turn, tokenize=False) == text
         assert shape_of(folder) == shape_of(source) and tensor_files(folder)
+
+
+def test_all_chat_templates_of_a_model_are_copied_and_one_from_a_file_replaces_them(tmp_path):
+    """transformers saves all templates but the default one in a folder, additional_chat_templates."""
+    source, templates = tmp_path / "source", {"default": "d", "tool_use": "t"}
+    tiny_model(source, max_positions=97)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    write_folder_like(source, {}, tmp_path / "copy")
+    assert tokenizer_of(tmp_path / "copy").chat_template == templates
+
+    model = ModelSource("tiny", source=str(source), cache=str(tmp_path / "cache"), max_positions=60)
+    assert tokenizer_of(locate(model)).chat_template == templates
+    (tmp_path / "other.jinja").write_text("o")
+    other = replace(model, chat_template=str(tmp_path / "other.jinja"))
+    assert tokenizer_of(locate(other)).chat_template == "o"
+    (source / "additional_chat_templates" / "tool_use.jinja").rename(source / "additional_chat_templates" / "rag.jinja")
+    assert tokenizer_of(locate(model)).chat_template == {"default": "d", "rag": "t"}
+
+
+def test_tokenizer_files_are_copied_and_fetched(tmp_path, monkeypatch):
+    """Names that transformers reads, among others if there is no tokenizer.json."""
+    tiny_model(tmp_path / "source", max_positions=97)
+    names = {
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model.v3", "spiece.model", "tekken.json", "vocab.txt",
+        "vocab.json", "merges.txt", "additional_chat_templates/rag.jinja", "chat_template.jinja", "added_tokens.json",
+        "generation_config.json",
+    }  # fmt: skip
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    for name in names - {"generation_config.json"}:
+        (tmp_path / "source" / name).write_text("x")
+    files = {str(x.relative_to(tmp_path / "source")) for x in (tmp_path / "source").rglob("*") if x.is_file()}
+    write_folder_like(tmp_path / "source", {}, tmp_path / "copy")
+    copied = {str(x.relative_to(tmp_path / "copy")) for x in (tmp_path / "copy").rglob("*") if x.is_file()}
+    assert copied == names | {"config.json"}
+
+    def download(_, allow_patterns):
+        fetched.append({*filter_repo_objects(sorted(files), allow_patterns=allow_patterns)})
+        return str(tmp_path / "source")
+
+    fetched = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    locate(ModelSource("far", source="org/far"))
+    assert fetched == [copied, files] and files - copied == {"model.safetensors"}
 
 
 def test_date_replaces_todays_in_a_chat_template(tmp_path):
@@ -213,12 +135,6 @@ def test_chat_template_that_cannot_be_used_is_refused(tmp_path, content, words):
     source = str(tiny_model(tmp_path / "tiny", max_positions=97))
     with pytest.raises(ValueError, match=f"model.chat_template={file} {words}"):
         locate(ModelSource("tiny", source=source, chat_template=str(file), cache=str(tmp_path / "cache")))
-
-
-def test_config_that_is_not_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
-        shape_of(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["", "model", "checkpoints", "checkpoints/step-00000020"])
@@ -305,11 +221,6 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_file, "convert", convert)
     cache, sha256 = str(tmp_path / "cache"), hashlib.sha256(GGUF).hexdigest()
     return ModelSource("tiny", wheel="tiny==1", gguf="weights.gguf", sha256=sha256, cache=cache), calls
-
-
-def cached_folders(model: ModelSource) -> list[str]:
-    """Names of the folders in the model's cache."""
-    return [path.name for path in Path(model.cache).iterdir() if path.suffix != ".lock"]
 
 
 def test_wheel_is_downloaded_once(wheel):

@@ -14,7 +14,7 @@ from longctx.hf.checkpoint import tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
 from longctx.hf.scratch import config_for_context
-from tests.hf.test_locate import LLAMA3, SIZES, cached_folders, save_config
+from tests.hf.configs import LLAMA3, SIZES, cached_folders, save_config
 from tests.megatron.kinds import random_model
 
 

@@ -59,6 +59,9 @@ class Spaced:
     def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
         return "".join(self.WORDS[token] for token in tokens).removeprefix(" ")
 
+    def convert_tokens_to_ids(self, names: list[str]) -> list[None]:
+        return [None] * len(names)
+
 
 def test_space_before_the_first_word_belongs_to_a_continuation():
     alone, after = AnswerText(Spaced()), AnswerText(Spaced(), after=[1, 2])

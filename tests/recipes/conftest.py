@@ -1,5 +1,6 @@
 """Recipes run in this process on a tiny random model; tests read what they print and their exit codes, as users do."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from recipes import generate
 from recipes.common import cli as recipe_cli
 from recipes.common import overrides
 from tests.conftest import Cli
+from tests.recipes.chats import TURNS
 from tests.tiny import tiny_model
 
 SAVED = Path(__file__).parents[1] / "saved" / "v0_1"  # small models, sessions and runs that version 0.1 wrote
@@ -96,3 +98,11 @@ def refused(cli: Cli, no_ranks_start: None) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture
+def turns(tmp_path: Path) -> Path:
+    """A file with the three turns of `TURNS`, and an empty line, which is not a turn."""
+    file = tmp_path / "turns.jsonl"
+    file.write_text("\n".join(map(json.dumps, TURNS)) + "\n\n")
+    return file

@@ -11,8 +11,8 @@ from recipes.doctor import LocalMachine, choices, links_of, missing_parts, repor
 
 CPU = LocalMachine(
     processor="a processor", cores=2, instructions=("avx2",), memory_bytes=8 * 10**9, gpus=(), gpu_memory_bytes=0,
-    listed_gpus=(), driver=None, links=None, torch="2.13.0", float32_products="MKL", cuda=None, nccl=None, flash_attn_2=None,
-    flash_attn_4=None, transformer_engine=None, te_missing=(), triton=None,
+    listed_gpus=(), driver=None, links=None, torch="2.13.0", float32_products="MKL", cuda=None, nccl=None,
+    flash_attn_2=None, flash_attn_4=None, transformer_engine=None, te_missing=(), triton=None,
 )  # fmt: skip
 GPU = replace(
     CPU, gpus=("H100",) * 4, listed_gpus=("H100",) * 4, gpu_memory_bytes=80 * 10**9, driver="580.1", links="3 x NV18",

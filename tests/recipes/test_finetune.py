@@ -109,6 +109,28 @@ def test_adapters_are_merged_into_their_weights_alone(cli, run, words, config_of
         assert torch.linalg.matrix_rank(after[name].double() - before[name].double(), rtol=1e-4) == 3, name
 
 
+def test_adapters_of_a_bfloat16_run_are_merged_without_rounding(cli, run, folder, tmp_path):
+    """A rounded sum would differ from the weight by a matrix of full rank."""
+    run("model.dtype=bfloat16", "steps=2", "evaluate.every=0", "lora.rank=3", "lora.targets=[linear_proj]")
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path}/out", f"to={tmp_path}/hf")
+    assert code == 0, err
+    share = int(re.search(r"rounding would change the weights by (\d+)% of what the adapters add", err)[1]) / 100
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+    before, after = (tensors(at) for at in (folder / "model", tmp_path / "hf"))
+    error = size = 0.0
+    for name, weight in after.items():
+        delta = weight.double() - before[name].bfloat16().double()
+        if "o_proj" in name:
+            assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 3, name
+            error += float((weight.bfloat16().double() - weight.double()).square().sum())
+            size += float(delta.square().sum())
+        else:
+            assert not delta.any(), name
+    assert share == pytest.approx((error / size) ** 0.5, abs=0.01) and share > 0.01
+    loaded, name = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict(), "model.layers.0.self_attn.o_proj"
+    assert torch.equal(loaded[f"{name}.weight"], after[f"{name}.weight"])
+
+
 def held_out_conversations(folder) -> int:
     """Return the number of conversations in the first two held-out sequences of 157 tokens, packed here in order."""
     tokenizer, counts, room = AutoTokenizer.from_pretrained(folder / "model"), [0], 157

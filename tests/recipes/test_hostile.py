@@ -85,8 +85,8 @@ def test_checkpoint_index_that_holds_a_program_is_refused(place, saved, program,
     assert "it names posix.mkdir, which belongs in no checkpoint" in refused(export, export.task, *words)
     words = (f"checkpoint={place}", f"to={saved / 'to'}")
     assert "it names posix.mkdir, which belongs in no checkpoint" in refused(export, export.task, *words)
-    newest, passed_over = checkpoint.agreed_on_all_ranks(saved / "train_ring" / "checkpoints")
-    assert newest is None and "posix.mkdir" in passed_over[0]
+    with pytest.raises(ValueError, match=r"none is whole \(.*posix\.mkdir.*\): restore one to resume; to begin again"):
+        checkpoint.agreed_on_all_ranks(saved / "train_ring" / "checkpoints")
     with pytest.raises(ValueError, match=r"posix\.mkdir"):
         checkpoint.read_state({}, place)
     assert not ran.exists()

@@ -43,6 +43,19 @@ def test_million_tokens_of_405b_are_planned_as_they_were_run():
     assert other.error is None, "no published run of this machine has Ulysses"
 
 
+def test_error_is_that_of_the_strategies_that_were_compared():
+    """The paper's decoded tokens are those of pass_q, and its turns have no answers."""
+    turn, token = GTT.errors["chat"].share, GTT.errors["decode"].share
+    question = replace(MILLION, gpus=16, work=WorkSettings("decode", 128_000))
+    by_strategy = {one.strategy: one.error for one in feasible(question) if one.mesh == Mesh(tp=8, ring=2)}
+    assert by_strategy.pop("pass_q") == token and len(by_strategy) == 4 and set(by_strategy.values()) == {None}
+    for answer, ring, error in ((0, 2, turn), (1, 2, turn), (200, 2, None), (200, 1, None)):
+        work = WorkSettings("chat", 20_000, 50_000, answer)
+        plans = plans_of(replace(question, gpus=8 * ring, work=work))
+        one = next(one for one in plans if one.mesh == Mesh(tp=8, ring=ring) and one.strategy == "pass_kv")
+        assert one.error == (max(turn, token) if ring == 1 else error)
+
+
 def test_a_thousand_meshes_take_less_than_a_second():
     """They take 0.1 s.  Type checks make tests forty times as slow, so a tenth of the meshes gets 2 s."""
     question = Question(shape_named("llama3_8b"), GTT, 12, WorkSettings("train", 65536, batch=12, zero1=True))
@@ -87,6 +100,34 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
     assert best["mesh.ring"] == plans[0]["mesh"]["ring"] and best["context.strategy"] == plans[0]["strategy"]
     assert "tp=" in (tmp_path / "p.svg").read_text() or "ring" in (tmp_path / "p.svg").read_text()
     assert "error" in err and "memory of the best, GB of 80" in err
+
+
+def test_picture_has_the_memory_of_the_best_plan_of_each_mesh(cli, monkeypatch, tmp_path):
+    drawn, best = {}, {}
+    monkeypatch.setattr(plan, "draw_plan", lambda *words, **_: drawn.update(words[3]))
+    words = ("model=llama3_8b", "hardware=h100_gtt", "gpus=8", "work=prefill", "work.context=100000")
+    code, _, err = cli(plan, plan.task, *words, f"out={tmp_path}/p.json", f"picture={tmp_path}/p.svg")
+    assert code == 0, err
+    for one in json.loads((tmp_path / "p.json").read_text()):
+        best.setdefault(str(Mesh(**one["mesh"])), one["memory_gb"])
+    assert {mesh: sum(parts.values()) / 1e9 for mesh, parts in drawn.items()} == pytest.approx(
+        dict([*best.items()][:4])
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123456, "12.3 ms"),
+        (1.0, "1 s"),
+        (12.345, "12.3 s"),
+        (999.7, "1,000 s"),
+        (1234.5, "1,234 s"),
+        (1e6, "1,000,000 s"),
+    ],
+)
+def test_seconds_have_no_powers_of_ten(seconds, text):
+    assert plan.in_words(seconds) == text
 
 
 @pytest.mark.parametrize(

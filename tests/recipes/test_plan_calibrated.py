@@ -51,9 +51,13 @@ def test_command_that_measures_errors_has_the_threads_of_the_file(cli, tiny, wri
 
 def test_error_of_a_calibrated_machine_is_printed_where_it_was_measured(cli, tiny, write_file):
     accuracy = {"share": 0.27, "axes": ["ring", "ulysses", "tp"], "ranks": 2, "element_bytes": 4}
-    words = (f"hardware={write_file(errors={'prefill': accuracy})}", "gpus=2", "work.context=64")
-    _, _, err = cli(plan, plan.task, f"model={tiny}", *words)
+    file = write_file(errors={"prefill": {**accuracy, "strategies": ["pass_kv"]}})
+    words = (f"model={tiny}", f"hardware={file}", "gpus=2", "work.context=64")
+    _, _, err = cli(plan, plan.task, *words, "strategy=pass_kv")
     assert "27%" in err and "record=true" not in err and "extrapolated" not in err
+    _, _, err = cli(plan, plan.task, *words)
+    errors = {tuple(line.split()[:2]): "27%" in line for line in err.splitlines() if line.startswith(" ring=2")}
+    assert errors == {("ring=2", "pass_kv"): True, ("ring=2", "pass_q"): False, ("ring=2", "all_gather_kv"): False}
 
 
 @pytest.mark.parametrize(("gpus", "beyond"), [(8, False), (12, True)])

@@ -2,14 +2,17 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
-from recipes import compare, reproduce
+from recipes import chat, compare, reproduce
 from recipes.common import cli as recipe_cli
 from recipes.common.manifest import flat
+from tests.recipes.chats import converse
 
 TURN = {"answer": "So.", "strategy": "pass_q", "why": "auto: 3 ms", "ttft_s": 0.3, "ttit_s": 0.1, "token_ids": [5, 7]}
 
@@ -174,3 +177,16 @@ def test_copy_of_the_source_that_python_cannot_find_is_refused(tmp_path, write_r
     (run / "code" / "recipes").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"would run other code than that in \S+/a:b/code: rename the folder"):
         reproduce.run_again(str(run))
+
+
+def test_conversation_with_the_default_settings_is_reproduced(cli, tiny, turns, tmp_path, monkeypatch, capsys):
+    """The second run, in this process here, decodes by the way that ``context.decode=auto`` chose in the first."""
+
+    def run_here(command, *, stdin, **_):
+        assert stdin == subprocess.DEVNULL
+        return SimpleNamespace(returncode=cli(chat, chat.task, *command[3:])[0])
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here, DEVNULL=subprocess.DEVNULL))
+    converse(cli, tiny, tmp_path, f"turns={turns}")
+    reproduce.reproduce([str(tmp_path / "out.json")])
+    assert "context.decode" in (err := capsys.readouterr().err) and "figures that differ" not in err

@@ -239,6 +239,11 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["port=70000"], "port=70000 is not a port: use 1 to 65535"),
         (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
+        (["cache.page=98"], "cache.page=98 is above the model's 97 positions, .* or cache.gb=0 for no pages"),
+        (
+            ["cache.gb=0.0000061", "mesh.ring=2"],
+            "cache.gb=6.1e-06 has no room for a page, which has 6.1e-06 GB on a rank",
+        ),
         (["mesh.dp=2"], "mesh.dp=2"),
         (["+reduce=int8", "mesh.tp=3"], "not been tested with rounded reductions"),
         (["sampling.logprobs=1"], "each request asks for its own"),
@@ -252,13 +257,17 @@ def test_wrong_settings_are_refused(refused, tiny, words, message):
 
 
 def test_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv(listening.KEY_VARIABLE, "from the environment")
-    (tmp_path / "key").write_text("from a file\n")
-    assert listening.read_key(None) == "from the environment"
+    monkeypatch.setenv(listening.KEY_VARIABLE, "from-the-environment")
+    (tmp_path / "key").write_text("from-a-file\n")
+    assert listening.read_key(None) == "from-the-environment"
     file = str(tmp_path / "key")
-    assert listening.read_key(file) == "from a file"
-    job = serve.ServeJob(None, Sampling(), serve.ServeSettings(), serve.PrefixSettings(), "from a file")
-    assert "from a file" not in repr(job)
+    assert listening.read_key(file) == "from-a-file"
+    job = serve.ServeJob(None, Sampling(), serve.ServeSettings(), serve.PrefixSettings(), "from-a-file")
+    assert "from-a-file" not in repr(job)
+    for wrong in ("one\ntwo\n", "one two", "a\x01b"):
+        (tmp_path / "key").write_text(wrong)
+        with pytest.raises(ValueError, match=r"has a key that no client can send .*: write one word of printable"):
+            listening.read_key(file)
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="has no key of ASCII characters"):
         listening.read_key(file)

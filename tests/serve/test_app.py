@@ -1,10 +1,16 @@
 """Routes, errors and bounds of the web application, over a service that answers at once or never."""
 
 import asyncio
+import gzip
 import json
+import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +23,7 @@ from longctx.serve.app import Front, make_app
 from longctx.serve.bodies import RequestRefused
 from longctx.serve.metrics import Metrics
 from longctx.serve.request import Reader
+from longctx.serve.response import Form
 from longctx.serve.schedule import NewSequence
 from longctx.serve.service import Emit, Failure, Token
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -142,7 +149,7 @@ def test_refusals_have_openais_form(client, front):
             client.post("/v1/completions", content=body, headers={"content-type": "application/json"}).status_code
             == 400
         )
-    assert 'longctx_requests_total{end="refused"} 8.0' in client.get("/metrics").text
+    assert 'longctx_requests_total{end="refused"} 11.0' in client.get("/metrics").text
 
 
 def test_error_of_the_server_is_500_or_ends_the_stream(client, script):
@@ -176,9 +183,81 @@ def test_key_is_asked_for_everywhere_but_health(front):
     assert client.get("/health").status_code == 200
 
 
-def test_stopping_server_takes_no_requests(client, front):
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [("bearer s3cret", 200), ("BEARER  s3cret", 200), ("s3cret", 401), ("Basic s3cret", 401), ("Bearers3cret", 401)],
+)
+def test_key_is_a_bearer_token(front, header, status):
+    client = TestClient(make_app(replace(front, key="s3cret")))
+    assert client.get("/v1/models", headers={"Authorization": header}).status_code == status
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_stopping_server_takes_no_requests(client, front, stream):
     front.closed = "the server is stopping"
-    assert complete(client).status_code == 503 == client.get("/health").status_code
+    assert complete(client, stream=stream).status_code == 503 == client.get("/health").status_code
+    page = client.get("/metrics").text
+    assert 'longctx_requests_total{end="refused"} 1.0' in page and 'end="failed"' not in page
+
+
+JSON = {"content-type": "application/json"}
+BODY = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "message"),
+    [
+        (BODY, {}, 415, "the request has no Content-Type: send Content-Type: application/json"),
+        (BODY, {"content-type": "text/plain; charset=utf-8"}, 415, "has Content-Type: text/plain: send Content-Type"),
+        (gzip.compress(BODY), {**JSON, "content-encoding": "gzip"}, 415, "has Content-Encoding: gzip: send it without"),
+        (BODY[:-1], JSON, 400, "the body is not JSON: Expecting ',' delimiter, at character 31"),
+        ('{"prompt": "é"}'.encode("latin-1"), JSON, 400, "the body cannot be read .*: send JSON in UTF-8"),
+        (b" " * 2_001, JSON, 413, "over 2,000 bytes"),
+    ],
+)  # fmt: skip
+def test_body_that_is_not_read_gets_the_reason_and_is_counted(client, body, headers, status, message):
+    response = client.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == status and re.search(message, response.json()["error"]["message"])
+    assert 'longctx_requests_total{end="refused"} 1.0' in client.get("/metrics").text
+    accepted = {"content-type": "Application/JSON; charset=utf-8", "content-encoding": "identity"}
+    assert client.post("/v1/completions", content=BODY, headers=accepted).status_code == 200
+
+
+def test_times_count_from_the_arrival_and_a_long_text_delays_no_other(front, client):
+    """The first request is tokenized until the second is answered: both times have this wait."""
+    parse, answered = front.reader.completion, threading.Event()
+
+    def slow(body: Any) -> Any:
+        if (body.model_extra or {}).get("user") == "slow":
+            assert answered.wait(20)
+            time.sleep(0.2)
+        return parse(body)
+
+    front.reader = SimpleNamespace(**vars(front.reader), completion=slow)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(complete, client, user="slow")
+        assert complete(client).status_code == 200
+        answered.set()
+        assert long.result().status_code == 200
+    page = client.get("/metrics").text
+    for name in ("ttft", "request"):
+        assert float(re.search(rf"longctx_{name}_seconds_sum (\S+)", page)[1]) >= 0.2
+        assert f"# HELP longctx_{name}_seconds Time from the arrival of a request's last byte" in page
+
+
+@pytest.mark.parametrize(("fields", "method"), [({}, "whole"), ({"stream": True, "echo": True}, "first")])
+def test_long_response_is_written_beside_the_event_loop(client, monkeypatch, fields, method):
+    """The thread of the event loop answers /health while a response is written."""
+    write, threads = getattr(Form, method), []
+
+    def watch(*args: Any) -> Any:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        threads.append(threading.get_ident())
+        return write(*args)
+
+    monkeypatch.setattr(Form, method, watch)
+    assert complete(client, logprobs=1, **fields).status_code == 200 and threads
 
 
 def test_tokens_and_figures_are_shown(client):

@@ -8,7 +8,8 @@ import pytest
 import uvicorn
 
 from longctx.serve import http
-from longctx.serve.app import Front, Guard
+from longctx.serve.app import Front
+from longctx.serve.guard import Guard
 from longctx.serve.http import serve
 from longctx.serve.service import Service
 
@@ -41,7 +42,7 @@ def test_server_that_ends_by_itself_is_a_failure(monkeypatch):
 def test_slow_client_is_counted_and_prints_no_traceback(half, monkeypatch, caplog):
     """It has sent half of its request, or its answer is not complete, when the server stops."""
     monkeypatch.setattr(http, "GRACE_S", 0.2)
-    begun, front = threading.Event(), Mock(Front, closed=None, max_bytes=100, cut=0)
+    begun, front = threading.Event(), Mock(Front, closed=None, key=None, max_bytes=100, cut=0)
 
     async def begin(scope, receive, send):
         await receive()
@@ -52,6 +53,7 @@ def test_slow_client_is_counted_and_prints_no_traceback(half, monkeypatch, caplo
             await receive()
 
     with socket.create_server(("127.0.0.1", 0)) as at, socket.create_connection(at.getsockname()) as client:
-        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabcd")
+        headers = b"Host: a\r\nContent-Type: application/json\r\nContent-Length: 9"
+        client.sendall(b"POST / HTTP/1.1\r\n" + headers + b"\r\n\r\nabcd")
         serve(Mock(Service, busy=False), front, Guard(begin, front), at, begun.is_set)
     assert front.cut == 1 and not caplog.records

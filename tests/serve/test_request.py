@@ -93,7 +93,11 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"model": "gpt"}, "model", "the model 'gpt' does not exist: use 'tiny'"),
         (completion, {"prompt": ""}, "prompt", "empty"),
         (completion, {"prompt": []}, "prompt", "empty"),
-        (completion, {"prompt": "x" * 84}, "prompt", "84 tokens, and with max_tokens=1 .* the 83 that fit: shorten"),
+        (completion, {"prompt": "x" * 84}, "prompt", "84 tokens, and 83 fit, .* an answer: shorten the prompt$"),
+        (completion, {"prompt": "x" * 84, "max_tokens": 5}, "prompt", "84 tokens, and 83 fit, .*: shorten the prompt$"),
+        (completion, {"prompt": "x" * 84, "max_tokens": 0, "echo": True}, "prompt", "84 tokens, and 83 fit: shorten"),
+        (chat, {"messages": [{"role": "user", "content": "x" * 90}]}, "messages", "95 tokens, .*: shorten the prompt$"),
+        (chat, {"max_completion_tokens": 77}, "max_completion_tokens", "=77 .*, or lower max_completion_tokens$"),
         (completion, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use echo=true"),
         (chat, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use at least 1"),
         (completion, {"max_tokens": 81}, "max_tokens", "with max_tokens=81 that is more than the 83"),
@@ -106,6 +110,7 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
         (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
+        (completion, {"stop": ["a" * 999, "bc"]}, "stop", "stop has 1,001 characters: use at most 1,000"),
         (completion, {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not implemented: leave it out"),
         (completion, {"best_of": 2}, "best_of", "not implemented"),
         (completion, {"add_special_tokens": False}, "add_special_tokens", "not implemented"),
@@ -139,14 +144,15 @@ def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param
     [({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"n": True}, "n"),
      ({"seed": 0.5}, "seed"), ({"temperature": True}, "temperature"), ({"top_p": "0.5"}, "top_p"),
      ({"temperature": float("nan")}, "temperature"),
-     ({"prompt": [-1]}, "prompt.tokens.0: Input should be greater than or equal to 0"),
-     ({"prompt": [[1], [2, -1]]}, "prompt.token_lists.1.1: "), ({"prompt": {"a": 1}}, "prompt.text: "),
-     ({"prompt": [1, -1, -1, "a"]}, "prompt.tokens.1: "), ({"prompt": ["a", 1, 1]}, "prompt.texts.1: "),
-     ({"prompt": [[1]] * 10_001}, "prompt.token_lists: List should have at most 10000 items"),
-     ({"stop": ["a", 1, 1]}, "stop.list.1: "), ({"stop_token_ids": ["a", "b"]}, "stop_token_ids.0: "),
+     ({"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
+     ({"prompt": [[1], [2, -1]]}, "prompt.1.1: "), ({"prompt": {"a": 1}}, "prompt: "),
+     ({"prompt": [1, -1, -1, "a"]}, "prompt.1: "), ({"prompt": ["a", 1, 1]}, "prompt.1: "),
+     ({"prompt": [[1]] * 10_001}, "prompt: List should have at most 10000 items"),
+     ({"stop": ["a", 1, 1]}, "stop.1: "), ({"stop_token_ids": ["a", "b"]}, "stop_token_ids.0: "),
      ({"stop_token_ids": [5] * 1025}, "stop_token_ids: List should have at most 1024 items"),
      ({"messages": [1, 1]}, "messages.0: "),
-     ({"messages": [{"role": "user", "content": [1, 1]}]}, "messages.0.content.list.0: ")],
+     ({"messages": [{"role": "user", "content": [1, 1]}]}, "messages.0.content.0: "),
+     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: Input should be a valid string")],
 )  # fmt: skip
 def test_values_of_another_type_are_named(fields, place):
     """There is one error, even if a list has a million wrong items."""
@@ -193,6 +199,29 @@ def test_message_has_fields_that_the_template_names_and_parts_of_text(reader):
     named = replace(reader, tokenizer=tokenizer)
     assert chat(named, [{"role": "user", "content": "a", "name": "me"}]).prompts == (ids("u:me=a;a:"),)
     assert chat(reader, [{"role": "user", "content": "a", "name": "me"}]).prompts == (ids("u:a;a:"),), "has no effect"
+
+
+@pytest.mark.parametrize(
+    ("template", "is_read"),
+    [("{{ m.content }}{{ m.name_of }}", "name_of"), ("{{ m['content'] }}{{ m['x'] }}", "x"), ('{{ m.get("x") }}', "x"),
+     ("{% if 'x' in m %}x{% endif %}", "x"), ("{% if m.x is defined %}x{% endif %}", "x"), ("{{ m.content }}", "")],
+)  # fmt: skip
+def test_message_has_no_field_that_is_only_a_part_of_the_template(reader, template, is_read):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        f"text.tail{{% for m in messages %}}{{{{ loop.first }}}}{{{{ m.role.strip() }}}}{template}{{% endfor %}}"
+    )
+    one = replace(reader, tokenizer=tokenizer)
+    message = {"role": "user", "content": "a"}
+    assert not is_read or chat(one, [{**message, is_read: "b"}])
+    for name in ("ntent", "ages", "loop", "e", "m", "messages", "first", "strip", "tail", "endif"):
+        with pytest.raises(RequestRefused, match=f"^{name} of a message is not implemented"):
+            chat(one, [{**message, name: "b"}])
+
+
+def test_null_is_a_field_that_is_left_out(reader):
+    assert not completion(reader, stream=True, stream_options={"include_usage": None}).include_usage
+    assert reader.tokens(TokenizeBody(prompt="ab", add_special_tokens=None)) == ids("ab")
 
 
 def test_smaller_bodies_refuse_fields_with_an_effect(reader):

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from longctx.config import Sampling
 from longctx.infer.sample import TokenLogprob
@@ -33,8 +35,8 @@ def test_completion_has_logprobs_with_offsets():
     assert [one.text for one in read.choices] == ["one", "", "x", "xx"]
     assert [one.finish_reason for one in read.choices] == ["stop", "length", "length", "length"]
     logprobs = read.choices[0].logprobs
-    assert (logprobs.tokens, logprobs.token_logprobs) == (["a", "\ufffd"], [-0.5, -2.0])
-    assert logprobs.top_logprobs == [{"a": -0.5, "b": -1.5}, {"b": -1.0, "\ufffd": -2.0}]
+    assert (logprobs.tokens, logprobs.token_logprobs) == (["a", "bytes:\\xc3"], [-0.5, -2.0])
+    assert logprobs.top_logprobs == [{"a": -0.5, "b": -1.5}, {"b": -1.0, "bytes:\\xc3": -2.0}]
     assert logprobs.text_offset == [0, 1]
     assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.total_tokens) == (4, 5, 9)
 
@@ -47,18 +49,59 @@ def test_logprobs_of_a_completion_with_its_prompt_begin_with_the_prompt_s():
     listed = shape.whole(answers)["choices"]  # as OpenAI's, with null for the first token, which its types do not allow
     logprobs = Completion.construct(choices=listed).choices[0].logprobs
     assert [one["text"] for one in listed] == ["cbaone", "cba", "qx", "qxx"]
-    assert logprobs.tokens == ["c", "b", "a", "a", "\ufffd"] and logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert logprobs.tokens == ["c", "b", "a", "a", "bytes:\\xc3"] and logprobs.text_offset == [0, 1, 2, 3, 4]
     assert logprobs.token_logprobs == [None, -3.0, -4.0, -0.5, -2.0]
     assert logprobs.top_logprobs[:3] == [None, {"a": -0.1}, {"b": -0.2}]
     assert listed[2]["logprobs"]["token_logprobs"] == [None], "the first token has none"
 
 
-def test_chat_completion_has_bytes_of_whole_characters():
+def test_chat_completion_has_the_bytes_of_each_token():
     read = ChatCompletion.model_validate(form(chat=True).whole(choices()))
     first = read.choices[0]
     assert (first.message.role, first.message.content, read.object) == ("assistant", "one", "chat.completion")
-    assert [(one.token, one.bytes) for one in first.logprobs.content] == [("a", [97]), ("\ufffd", None)]
+    assert [(one.token, one.bytes) for one in first.logprobs.content] == [("a", [97]), ("\ufffd", [0xC3])]
     assert [one.token for one in first.logprobs.content[1].top_logprobs] == ["b", "\ufffd"]
+
+
+def test_tokens_that_are_bytes_are_told_apart():
+    """The bytes of OpenAI's form are those of the token, also in SentencePiece's form; a real U+FFFD has its own."""
+    byte_level = [*TOKENIZER("é\ufffd")["input_ids"]]
+    pieces = {piece: i for i, piece in enumerate(["<unk>", "a", "\ufffd", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    backend = Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fallback = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    sampling = Sampling(logprobs=3)
+    for tokenizer, tokens, names, contents in (
+        (TOKENIZER, byte_level[:2], ["bytes:\\xc3", "bytes:\\xa9"], [[0xC3], [0xA9]]),
+        (fallback, [3 + 0xE9, 3 + 0x41, 2], ["bytes:\\xe9", "A", "\ufffd"], [[0xE9], [0x41], [0xEF, 0xBF, 0xBD]]),
+    ):
+        one = TokenLogprob(tokens[0], -1.0, tuple((token, -1.0) for token in tokens))
+        text, chat = (
+            Form(Ask("tiny", ((1,),), (5,), sampling, chat=chat), tokenizer).whole([Choice("", 1, [one], (), "stop")])
+            for chat in (False, True)
+        )
+        assert [*text["choices"][0]["logprobs"]["top_logprobs"][0]] == names
+        assert [top["bytes"] for top in chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]] == contents
+
+
+def test_a_token_is_decoded_once():
+    decoded = []
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+        def __call__(self, *args, **settings):
+            return TOKENIZER(*args, **settings)
+
+        def decode(self, tokens, **settings):
+            decoded.append(tokens)
+            return TOKENIZER.decode(tokens, **settings)
+
+    shape = Form(Ask("tiny", ((1,),), (500,), Sampling(logprobs=1), chat=True), Counted())
+    shape.whole([Choice("x", 500, [TokenLogprob(A, -0.5, ((A, -0.5), (B, -1.5)))] * 250, (), "stop")])
+    per_token = 2 * 250  # for the offsets
+    assert len(decoded) < per_token + 20
 
 
 def test_chunks_of_a_chat_begin_with_the_role_and_end_with_usage():

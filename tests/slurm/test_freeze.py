@@ -1,8 +1,10 @@
 """The frozen source has all files of the checkout, whatever their names, also without git."""
 
 import os
+import py_compile
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -35,3 +37,18 @@ def test_source_is_frozen_on_a_machine_without_git(checkout, tmp_path, monkeypat
     freeze._copy_source(tmp_path / "code")
     assert (tmp_path / "code" / "COMMIT").read_text() == "a checkout without git\n"
     assert (tmp_path / "code" / "recipes" / "a.py").is_file()
+
+
+def test_compiled_files_go_with_their_source_and_are_used(checkout, tmp_path):
+    """`recipes/a.py` has other content than its compiled file: Python takes the compiled one, since dates agree."""
+    source = checkout / "recipes" / "a.py"
+    source.write_text("value = 1")
+    py_compile.compile(str(source))
+    before = source.stat()
+    source.write_text("value = 2")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    freeze._copy_source(tmp_path / "code")
+    show = "from recipes import a; print(a.value, a.__file__)"
+    words = [sys.executable, "-c", show]
+    done = subprocess.run(words, cwd=tmp_path / "code", capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", str(tmp_path / "code" / "recipes" / "a.py")]

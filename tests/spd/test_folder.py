@@ -31,7 +31,12 @@ def test_nothing_dropped_reads_the_source_and_a_dropped_block_its_own_weights(
     write_block(tmp_path / "blocks" / "001.safetensors", adapted_tensors, {})
     adapted.mkdir()
     saved = SavedPlan(SPDPlan(shape.layers, 2, (BLOCK,), own_norms), (BLOCK, 0), (BLOCK,), "fingerprint")
-    assemble(source, [tmp_path / "blocks" / "001.safetensors"], saved, adapted)
+    template = Path("additional_chat_templates", "tool_use.jinja")
+    (source / template).parent.mkdir()
+    for text in ("first", "second"):  # the second model replaces the first
+        (source / template).write_text(text)
+        assemble(source, [tmp_path / "blocks" / "001.safetensors"], saved, adapted)
+        assert (adapted / template).read_text() == text
 
     refuse_other_tensors(adapted, shape, norm_copies=2 if own_norms else 1)
     for dropped in ((), (BLOCK,)):

@@ -44,6 +44,8 @@ def test_sensitivity_file_gives_the_order_for_its_model_and_degree_only(folder: 
     file = tmp_path / "sensitivity.json"
     file.write_text(json.dumps(measured))
     assert dropped_blocks(folder, drop="ranked", sensitivity=str(file), budget=0.5) == (1,)
+    file.write_text(json.dumps({**measured, "blocks": [{"score": "inf"}, {"score": 10.0}]}))  # beyond a float
+    assert dropped_blocks(folder, drop="ranked", sensitivity=str(file), budget=0.5) == (1,)
     for key, value, words in (
         ("tp", 2, r"mesh\.tp=2"),
         ("fingerprint", "other", "another model"),

@@ -1,4 +1,7 @@
-"""Loss and gradients of a training step equal transformers', for every kind of model, on every axis of a mesh."""
+"""Loss and gradients of a training step equal transformers', for every kind of model, on every axis of a mesh.
+
+The models have no pad_token_id, which changes transformers' gradient (see the test of it).
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from longctx.config import Mesh, Optim
 from longctx.parallel.launch import run_ranks
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.tiny import tiny_tokenizer
-from tests.train.against_transformers import assert_steps_equal, exact
+from tests.train.against_transformers import assert_step_equals, assert_steps_equal, exact
 from tests.train.ranks import Run, train_each
 
 # Documents longer than the windows, and than the original context of LongRoPE's long factors.
@@ -46,6 +49,27 @@ def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
     mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Any, tmp_path: Path
 ) -> None:
     assert_steps_equal(mesh, settings, runs, right, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["untied llama", "tied llama"])
+def test_gradient_differs_from_transformers_only_in_the_pad_token_s_row(
+    kind: str, runs: dict[str, Run], tmp_path: Path
+) -> None:
+    """transformers does not train the input embedding of pad_token_id; longctx trains it as any other token's."""
+    pad, embedding = 5, "model.embed_tokens.weight"
+    run = replace(runs[kind], folder=random_model(kind, tmp_path / "model", pad_token_id=pad))
+    plain, padded = exact(runs[kind], tmp_path / "plain"), exact(run, tmp_path / "padded")
+    job = replace(run, gradients=tmp_path / "ours", dtype="float64")
+    (step,) = run_ranks(1, train_each, [job])[0][0]
+    assert_step_equals(step, tmp_path / "ours", plain, "with pad_token_id, longctx; without, transformers")
+    others = torch.arange(SMALL["vocab_size"]) != pad
+    assert padded[0] == plain[0] and padded[1].keys() == plain[1].keys()
+    for name, gradient in padded[1].items():
+        rows_but_pad = others if name == embedding else slice(None)
+        expected = plain[1][name][rows_but_pad]
+        assert (gradient[rows_but_pad] - expected).norm() <= 1e-11 * expected.norm(), name
+    assert not torch.allclose(padded[1][embedding][pad], plain[1][embedding][pad], rtol=0.1)
+    assert kind == "tied llama" or not padded[1][embedding][pad].any()
 
 
 def test_step_on_data_parallel_ranks(runs: dict[str, Run], right: Any) -> None:

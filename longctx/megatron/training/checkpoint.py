@@ -32,6 +32,7 @@ from longctx.checkpoint_index import (
     foreign_content_of,
     latest_whole,
     read_metadata,
+    refuse_none_whole,
     write_index,
 )
 from longctx.checksum import crc32_of_files
@@ -165,9 +166,11 @@ def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
     Every rank gets the first rank's answer, so that all resume from the same checkpoint.  The first rank reads all
     files and compares their checksums.
 
-    Raises ValueError on a rank whose file system lacks the checkpoint: all machines must share the folder.
+    Raises ValueError if ``folder`` has checkpoints, but none is whole.  Also raises ValueError on a rank whose file
+    system lacks the checkpoint: all machines must share the folder.
     """
     place, skipped = _from_first_rank(latest_whole(folder, content_fault_of) if _is_first_rank() else None)
+    refuse_none_whole(folder, place, skipped)
     if place and fault_of(place):
         raise ValueError(f"{place} is incomplete on this machine; set out= to a folder that all machines share")
     return place, skipped

@@ -64,7 +64,7 @@ def match_groups(state: dict[str, Any], optim: Optim) -> None:
     megatron-core 0.19 looks up a saved group by its settings, which include the learning rates.
     """
     for group in state.get("optimizer", state)["param_groups"]:
-        group |= {"max_lr": optim.lr, "min_lr": optim.min_lr}
+        group |= {"max_lr": optim.lr, "min_lr": optim.final_lr}
 
 
 def make_loadable(optimizer: Any) -> None:

@@ -125,7 +125,7 @@ def apply_optim_settings(train_state: TrainState) -> None:
     """Apply this run's optimizer settings, replacing those of a checkpoint that has just been loaded."""
     optim = train_state.optim
     for group in train_state.optimizer.param_groups:
-        group |= {"max_lr": optim.lr, "min_lr": optim.min_lr, "betas": tuple(optim.betas), "eps": optim.eps}
+        group |= {"max_lr": optim.lr, "min_lr": optim.final_lr, "betas": tuple(optim.betas), "eps": optim.eps}
     train_state.schedule.step(increment=0)
 
 
@@ -133,7 +133,7 @@ def _optimizer_config(optim: Optim, dtype: torch.dtype) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
-        min_lr=optim.min_lr,
+        min_lr=optim.final_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
@@ -151,7 +151,7 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
         optimizer,
         init_lr=optim.lr / max(1, optim.warmup),  # the first step has this rate; at rate 0 it would change nothing
         max_lr=optim.lr,
-        min_lr=optim.min_lr,
+        min_lr=optim.final_lr,
         lr_warmup_steps=optim.warmup,
         lr_decay_steps=decay,
         lr_decay_style=optim.decay,

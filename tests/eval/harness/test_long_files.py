@@ -9,7 +9,7 @@ from eval.answers.requests import Continue
 from eval.harness.lm import EngineLM, make_recorder
 from eval.harness.local import LOCAL
 from eval.harness.tasks import answer_tasks, build_requests, collect_outcomes, load_tasks
-from tests.eval.harness.test_tasks import Letters
+from tests.eval.harness.records import Letters
 
 LONGBENCH2 = {
     "_id": "66f36490821e116aacb2cc22", "domain": "Single-Document QA", "sub_domain": "Financial", "difficulty": "easy",

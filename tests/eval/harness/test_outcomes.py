@@ -3,7 +3,7 @@
 import math
 
 from eval.harness.tasks import answer_tasks, build_requests, collect_outcomes, load_tasks, make_task
-from tests.eval.harness.test_tasks import model_that_prefers, write_file
+from tests.eval.harness.records import model_that_prefers, write_file
 
 
 def test_chance_of_equal_choices_is_the_most_common_answer(tmp_path):

@@ -129,6 +129,19 @@ def test_near_chance(right, near):
     assert is_near_chance(values, 0.25) is near
 
 
+@pytest.mark.parametrize("values", [[0.25, 0.2], [0.1] * 5, [0.0] * 40 + [0.01]], ids=len)
+def test_any_share_above_a_chance_of_zero_is_better_than_guessing(values):
+    assert not is_near_chance(values, 0.0) and is_near_chance([0.0] * len(values), 0.0)
+
+
+def test_guessed_shares_are_near_chance_in_95_percent():
+    """Coreference scores shares of five words; outcomes of whole answers vary more than these."""
+    random = np.random.default_rng(2)
+    runs = [[random.binomial(5, 0.25) / 5 for _ in range(7)] for _ in range(200)]
+    assert sum(is_near_chance(values, 0.25) for values in runs) >= 190
+    assert not is_near_chance([0.8] * 7, 0.25)
+
+
 def test_near_chance_does_not_depend_on_the_number_of_examples():
     """Only the first 200 count: 30 % right are near chance for 200 examples, but would not be for 2,000."""
     values = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0] * 200

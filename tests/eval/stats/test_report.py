@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from eval.stats.outcomes import Outcomes
-from eval.stats.page import markdown
+from eval.stats.page import markdown, summary
 from eval.stats.publish import draw, track, write
 from eval.stats.report import GateRules, ScoredVariant, make_report
 from longctx.config import Track
@@ -175,6 +175,35 @@ def test_files_have_every_figure(tmp_path):
     assert lines[0].startswith("| all | 100% | tp=3 | 0.200 | -0.400 [-0.4")
     first_table = averages.partition("## Margin")[0].splitlines()
     assert len({line.count("|") for line in first_table if line.startswith("| all")}) == 1
+
+
+def test_perplexity_beyond_a_float_is_text_in_the_file(tmp_path):
+    """JSON has no infinity; many programs refuse the word, and others read another number."""
+    report = write(make_report([scored("baseline", 0.0, 120, 51, -900.0)], replace(RULES, gate=()), ORIGIN), tmp_path)
+    assert report.tasks["text"]["baseline"]["perplexity"] == float("inf")
+    text = (tmp_path / "report.json").read_text()
+    saved = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert saved["tasks"]["text"]["baseline"]["perplexity"] == "inf"
+
+
+def test_variants_compared_on_perplexity_only_are_shown_and_tracked(tmp_path):
+    """There are no averages, so the table of a terminal has the tasks, and no sentence speaks of verdicts."""
+    text = {"text": Outcomes("text", (-300.0, -150.0), words=(100.0, 50.0), others={"bits_per_byte": 0.9})}
+    worse = {"text": Outcomes("text", (-310.0, -155.0), words=(100.0, 50.0), others={"bits_per_byte": 1.1})}
+    both = [replace(VARIANTS[0], outcomes=text), replace(VARIANTS[1], outcomes=worse)]
+    report = write(make_report(both, replace(RULES, gate=()), ORIGIN), tmp_path)
+    columns = {str(column.header): list(column.cells) for column in summary(report).columns}
+    assert (columns["task"], columns["variant"]) == (["text"] * 2, ["baseline", "half"])
+    assert columns["accuracy"] == ["perplexity 20.1", "perplexity 22.2"] and columns["difference"][1][:6] == "+10.5%"
+    page = markdown(report)
+    assert "Perplexities have no verdict." in page and "decide the verdicts" not in page
+    assert "Accuracy, or perplexity per word" in page
+    saved = json.loads((tmp_path / "report.json").read_text())["tasks"]["text"]
+    assert saved["half"]["metrics"] == {"bits_per_byte": 1.1} and saved["baseline"]["metrics"] == {"bits_per_byte": 0.9}
+    tracker, _ = start_tracking(Track(), tmp_path, {}, first=True, say=print)
+    track(report, tmp_path, tracker)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["eval/half/text"] == pytest.approx(22.198, abs=1e-3)
 
 
 def test_nothing_is_drawn_if_no_block_drops(report, tmp_path):

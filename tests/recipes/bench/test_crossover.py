@@ -95,6 +95,14 @@ def test_files_state_the_links_and_the_constants_fitted_to_all_rows(job, tmp_pat
     assert ("70mbit links" in Path(names["picture"]).read_text()) == bool(hosts)
 
 
+def test_miss_rates_in_any_order_have_the_same_crossings(job, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(crossover, "draw_lines", lambda *_, marked, **__: drawn.append(marked))
+    for order in (SURPRISE, [SURPRISE[i] for i in (3, 0, 4, 2, 1)]):
+        crossover.report(job(picture=str(tmp_path / "x.svg")), ON, order)
+    assert len(drawn[0]) == 2 and drawn[1] == drawn[0]
+
+
 def test_fitted_file_keeps_what_is_known_of_the_machine(job, tmp_path):
     """Only the constants of the empirical rule are measured here; the others, and their errors, are the file's."""
     given = {"measured": {"threads": 1, "rate": "10mbit"}, **asdict(ON), "errors": {"prefill": {"share": 0.1}}}

@@ -71,8 +71,25 @@ def test_rounded_reductions_without_a_time_are_left_out(cli, files, tmp_path):
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     out = tmp_path / "points.json"
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, f"out={out}")
-    assert code == 0 and "left out, since no latency file has their times (rows with this reduce): int6" in err
+    assert code == 0
+    for link in ("slow", "fast"):
+        assert f"latency file of {link}, 500 us has no time for them: int6 with 0 %, 50 %, 100 % dropped" in err
     assert len(json.loads(out.read_text())["points"]) == 2 * 4 * 3
+
+
+def test_shares_without_a_time_are_left_out_and_named(cli, files, tmp_path):
+    """The latency files have no time for a quarter of the blocks; the one for the fast link lacks one half, too."""
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    quality["dropped"][1] = 0.25
+    (tmp_path / "quality.json").write_text(json.dumps(quality))
+    fast = json.loads((tmp_path / "fast.json").read_text())
+    fast["rows"] = [row for row in fast["rows"] if (row["reduce"], row["share"]) != ("int8", 1)]
+    (tmp_path / "fast.json").write_text(json.dumps(fast))
+    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files)
+    words = " ".join(err.split())
+    assert code == 0, err
+    assert "of slow, 500 us has no time for them: float32 with 25 % dropped; int8 with 25 % dropped" in words
+    assert "of fast, 500 us has no time for them: float32 with 25 % dropped; int8 with 25 %, 100 % dropped" in words
 
 
 def test_decode_has_its_own_times(cli, files):
@@ -94,14 +111,16 @@ def test_accuracies_come_from_a_report(cli, files, tmp_path):
         "ring": {"difference": 0.9},
     }
     (tmp_path / "report.json").write_text(json.dumps({"variants": variants, "average": average}))
-    shown = []
+    shown, out = [], tmp_path / "points.json"
     for limit in (2, 5):
-        words = (files[1], f"report={tmp_path}/report.json", f"limits=[{limit}]")
+        words = (files[1], f"report={tmp_path}/report.json", f"limits=[{limit}]", f"out={out}")
         code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *words)
         assert code == 0, err
         shown.append(" ".join(err.split()))
     assert "accuracy lost, points" in shown[0] and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in shown[0]
     assert "int8, 100% dropped, repaired: saves 55.0 %, costs 3.00" in shown[1], "copies of the model change no answer"
+    losses = [str(point["loss"]) for point in json.loads(out.read_text())["points"] if not point["dropped"]]
+    assert losses == ["0.0", "0.0"], "the baseline on two links, without a minus sign"
     words = shown[0]
     assert "left out, since the times are those of 3 tensor-parallel ranks: ring on tp=3 ring=2" in words
 

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from longctx.config import Mesh, ModelSource
+from longctx.config import DataSettings, Mesh, ModelSource, TextSource
+from longctx.cost.forward import Numbers
 from longctx.cost.machine import Accuracy
+from longctx.cost.machine_file import machine_of
+from longctx.cost.step import StepWork, step_cost
+from longctx.hf.config import shape_of
 from recipes.bench import times
-from recipes.bench.timed_run import TimedRun
+from recipes.bench.timed_run import TimedRun, first_batch
 from recipes.bench.times import accuracies
 from recipes.bench.times_report import choices, coverage, errors, expected_error, merge, page_of
 from recipes.common.hardware_file import read_machine, record_errors
@@ -47,6 +51,27 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     page = (tmp_path / "pages" / "times.md").read_text()
     assert "| runs | 6 |" in page and "| prefill of 61 after 70, one rank |" not in page
     assert "prefill after 70, one rank" in page and "measured" in (tmp_path / "times.svg").read_text()
+
+
+def test_training_step_is_predicted_for_the_documents_of_its_batch(tiny):
+    """The text has several documents; one document as long as the sequence would take more attention."""
+    text = DataSettings((TextSource(pydoc="train"),), 16381, 1, end_token=False)
+    target = SimpleNamespace(
+        folder=tiny, shape=shape_of(tiny), mesh=Mesh(), model=ModelSource("tiny", "folder"), plan=None,
+        run=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    settings = SimpleNamespace(recompute="none", loss_rows=512, mlp_rows=None, offload=None)
+    job = SimpleNamespace(target=target, data=text, settings=settings, optim=SimpleNamespace(zero1=False))
+    (lengths,) = first_batch(job).documents
+    assert len(lengths) > 1 and sum(lengths) == 16381
+    machine = machine_of({**VALUES, "layer": LAYER}, "laptop")
+    parts = times.predict(machine, job, TimedRun("train"))
+    work = StepWork(16381, 1, loss_rows=512, operations="cpu")
+    one, packed = (
+        step_cost(target.shape, Mesh(), machine, replace(work, documents=documents), "pass_kv", Numbers(4, 4)).parts
+        for documents in (((16381,),), (lengths,))
+    )
+    assert parts == packed and parts["attention"] < 0.9 * one["attention"]
 
 
 @pytest.mark.parametrize(
@@ -108,20 +133,23 @@ def test_errors_are_recorded_for_each_kind_of_work_with_enough_runs():
         runs=runs, jobs=[SimpleNamespace(target=SimpleNamespace(model=ModelSource("tiny", "folder")))]
     )
     rows = [row("a", 1.0, 1 + i / 100) for i in range(5)] + [row("b", 1.0, 9.0), row("b", 1.0, 9.0)]
-    assert accuracies(job, rows) == {"decode": Accuracy(errors(rows)[4], ("ring",), 3, 4)}
+    assert accuracies(job, rows) == {"decode": Accuracy(errors(rows)[4], ("ring",), 3, 4, ("gather_merge",))}
 
 
 def test_errors_keep_those_of_other_kinds_of_work(tmp_path):
     file = tmp_path / "laptop.yaml"
     before = {"train": {"share": 0.3, "axes": [], "ranks": 1}}
     file.write_text(yaml.safe_dump({**VALUES, "layer": LAYER, "errors": before}))
-    record_errors(str(file), {"decode": Accuracy(0.2, ("ring",), 2, 4)})
+    decode = Accuracy(0.2, ("ring",), 2, 4, ("pass_q",))
+    record_errors(str(file), {"decode": decode})
     machine = read_machine(str(file))
-    assert machine.errors == {"train": Accuracy(0.3, (), 1), "decode": Accuracy(0.2, ("ring",), 2, 4)}
-    assert machine.expected_error("decode", Mesh(ring=2), 4) == 0.2
-    assert machine.expected_error("decode", Mesh(ring=3), 4) is None, "more ranks than were measured"
-    assert machine.expected_error("decode", Mesh(tp=2), 4) is None, "another axis"
-    assert machine.expected_error("decode", Mesh(ring=2), 2) is None, "another dtype"
+    assert machine.errors == {"train": Accuracy(0.3, (), 1), "decode": decode}
+    assert machine.expected_error("decode", Mesh(ring=2), "pass_q", 4) == 0.2
+    assert machine.expected_error("decode", Mesh(ring=2), "sharded", 4) is None, "another strategy"
+    assert machine.expected_error("decode", Mesh(), "sharded", 4) == 0.2, "on one rank, all strategies are the same"
+    assert machine.expected_error("decode", Mesh(ring=3), "pass_q", 4) is None, "more ranks than were measured"
+    assert machine.expected_error("decode", Mesh(tp=2), "pass_q", 4) is None, "another axis"
+    assert machine.expected_error("decode", Mesh(ring=2), "pass_q", 2) is None, "another dtype"
     file.write_text(yaml.safe_dump({**VALUES, "layer": LAYER, "errors": {"train": {"share": 0.3}}}))
     with pytest.raises(ValueError, match=r"its section errors cannot be read \('axes'\): delete the section"):
         read_machine(str(file))

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
     assert str(out) in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_text_in_a_result(tmp_path):
+    places.write_json(str(tmp_path / "x.json"), {"guards": [{"change": math.nan}, (math.inf, -math.inf, 0.5, 3, None)]})
+    text = (tmp_path / "x.json").read_text()
+    saved = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert saved == {"guards": [{"change": "nan"}, ["inf", "-inf", 0.5, 3, None]]}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ GROUPS = {
 }
 # File -> dataclass of its settings outside any section.
 TOP_LEVEL = {
+    "bench/attention": "recipes.bench.attention.AttentionSettings",
     "bench/convergence": "recipes.bench.convergence.ConvergenceSettings",
     "bench/crossover": "recipes.bench.crossover.CrossoverSettings",
     "bench/decode": "recipes.bench.decode.DecodeSettings",

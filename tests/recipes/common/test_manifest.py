@@ -99,7 +99,8 @@ def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     ("name", "measured"),
     [("step_s", True), ("mem/peak_bytes", True), ("tokens_per_s", True), ("mfu", True), ("loss", False),
      ("eval/perplexity_to_61", False), ("tokens", False), ("token_ids", False), ("lr", False),
-     ("python", True), ("torch", True)],
+     ("python", True), ("torch", True), ("cores", True), ("turns.0.decode_why", True),
+     ("depths.dropped 50% repaired.scores", False), ("lengths.baseline.scores.1024", False)],
 )  # fmt: skip
 def test_figures_of_the_machine_need_not_agree(name, measured):
     assert compare.is_measured(name) == measured

@@ -1,5 +1,6 @@
 """Predictions beside measured times: of a turn, with the strategies that ran."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.spd.plan import SPDPlan
 from recipes.common.hardware_file import read_machine, read_rates, refuse_more_ranks
 from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
-from recipes.common.train_report import predict_step
+from recipes.common.train_report import Measured, TrainedStep, compared, predict_step
 from tests.cost.predict import shape_named
 
 MACHINE, SHAPE = read_machine("h200"), shape_named("llama3_8b")
@@ -67,16 +68,38 @@ def test_runs_without_a_model_are_refused(changes, words):
         refuse_unpredicted(target(**changes))
 
 
+def train_job(mesh, context, length=64):
+    settings = SimpleNamespace(recompute="none", loss_rows=512, mlp_rows=None, offload=None)
+    one = target(mesh=mesh, context=context, run=SimpleNamespace(device="cpu"))
+    data, optim = SimpleNamespace(length=length, batch=2), SimpleNamespace(zero1=False)
+    return SimpleNamespace(target=one, settings=settings, machine=MACHINE, data=data, optim=optim)
+
+
 def test_layouts_without_a_ring_are_predicted_and_steps_of_others_are_not():
     contiguous = Context(strategy="pass_kv", layout="contiguous")
     refuse_unpredicted(target(context=contiguous, mesh=Mesh(tp=2, ulysses=4)))
     for mesh, context, known in ((Mesh(ring=2), contiguous, False), (Mesh(ring=2), Context("pass_kv"), True),
                                  (Mesh(ulysses=2), contiguous, True)):  # fmt: skip
-        settings = SimpleNamespace(recompute="none", loss_rows=512, mlp_rows=None, offload=None)
-        run = SimpleNamespace(device="cpu")
-        job = SimpleNamespace(target=target(mesh=mesh, context=context, run=run), settings=settings, machine=MACHINE,
-                              data=SimpleNamespace(length=64, batch=2), optim=SimpleNamespace(zero1=False))  # fmt: skip
-        assert (predict_step(job, ()) is not None) == known
+        assert (predict_step(train_job(mesh, context), ()) is not None) == known
+
+
+def test_every_counted_step_is_predicted_for_its_documents():
+    """The measured time is a median over steps, and so is the prediction: it does not depend on the last step."""
+    whole, halves, many = ((65536,),) * 2, ((32768, 32768),) * 2, ((4096,) * 16,) * 2
+    job = train_job(Mesh(ring=2), Context("pass_kv"), 65536)
+    seconds = {documents: predict_step(job, documents) for documents in (whole, halves, many)}
+    assert seconds[many] < 0.9 * seconds[halves] < 0.8 * seconds[whole]
+    for order in ((whole, halves, many), (many, whole, halves)):
+        measured = Measured().after(TrainedStep(1, {"step_s": 900.0}, {}, False, many))  # it warms up
+        measured = measured.after(TrainedStep(2, {"step_s": 900.0}, {}, False, many, {"weights": 10**6}))
+        for i, documents in enumerate(order):
+            measured = measured.after(TrainedStep(3 + i, {"step_s": 2.0}, {}, False, documents))
+        (name, text) = next(row for row in compared(job, replace(measured, memory=None)))
+        share = seconds[halves] / 2.0 - 1
+        assert (name, text) == ("time of a step", f"2 s, predicted {seconds[halves]:.3g} s ({share:+.0%})")
+    for step in range(300):
+        measured = measured.after(TrainedStep(6 + step, {"step_s": 2.0}, {}, False, whole))
+    assert len(measured.seconds) == len(measured.documents) == 100
 
 
 def test_more_ranks_than_a_machine_has_links_for_are_refused():

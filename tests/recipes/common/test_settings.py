@@ -87,6 +87,13 @@ def test_setting_without_a_use_is_refused(kind, values, words):
         read(kind, **values)
 
 
+def test_constant_rate_may_be_below_the_default_final_rate():
+    assert read(Optim, decay="constant", lr=1e-5).final_lr == 1e-5
+    assert read(Optim, decay="linear", lr=1e-3, min_lr=1e-5).final_lr == 1e-5
+    with pytest.raises(ValueError, match=r"optim\.lr=-1\.0: use 0 or more"):
+        read(Optim, decay="constant", lr=-1.0)
+
+
 MANDATORY = {
     "calibrate": (calibrate, "out"), "export": (export, "checkpoint"), "extend": (extend, "out"),
     "pretrain": (pretrain, "out"), "spd_adapt": (spd_adapt, "out"), "spd_sensitivity": (spd_sensitivity, "out"),

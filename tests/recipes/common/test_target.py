@@ -1,5 +1,6 @@
 """`resolve_target`: a model, its mesh and how it runs are checked once; refusals name the setting and the fix."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -7,13 +8,20 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from longctx.config import Context, Mesh, Reduce, Run
+from longctx.config import Context, Mesh, Reduce, Run, Sampling
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import Experts
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from recipes.common.spd_plan import refuse_unshared
-from recipes.common.target import refuse_fp8, refuse_rounded, refuse_strategy_by_turn, refuse_unproved, resolve_target
+from recipes.common.target import (
+    refuse_fp8,
+    refuse_rounded,
+    refuse_strategy_by_turn,
+    refuse_unproved,
+    resolve_target,
+    say_unapplied,
+)
 from tests.recipes.conftest import SAVED
 
 
@@ -264,3 +272,24 @@ def test_sharded_decoding_is_proved_if_its_messages_can_be_recorded(resolve, mes
         return
     with pytest.raises(ValueError, match=f"decode=sharded of {kind}: use context.decode=gather_merge"):
         refuse_unproved(context, mesh, shape, "recipes.test", proves=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"config": {"eos_token_id": 7}}, ""),
+        ({"config": {"repetition_penalty": 5.0}}, "config.json has repetition_penalty=5.0: not applied here"),
+        ({"config": {"repetition_penalty": 5.0}, "generation_config": {"eos_token_id": 7}}, ""),
+        (
+            {"config": {"eos_token_id": 7}, "generation_config": {"num_beams": 3}},
+            "add eos_token_id=7 to generation_config",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_of_generation_that_change_the_text_are_printed(tmp_path, capsys, files, line):
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    say_unapplied(tmp_path, Sampling())
+    printed = " ".join(capsys.readouterr().err.split())
+    assert line in printed and bool(line) == bool(printed)

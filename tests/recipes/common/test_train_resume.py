@@ -9,10 +9,11 @@ import transformers
 from longctx import checkpoint_index
 from longctx.checksum import crc32_of_file
 from longctx.config import TextSource
+from longctx.data.batches import training_batches
 from longctx.data.identity import text_digests
+from longctx.hf.config import tokenizer_of
 from recipes import pretrain
 from recipes.common import train_resume
-from recipes.common.train_loop import _with_weights
 from tests.recipes.conftest import SAVED
 from tests.recipes.test_saved import TRAIN
 
@@ -74,15 +75,38 @@ def test_moved_text_is_the_same(run, config_of):
     pretrain.prepare(config_of("pretrain", *WORDS, "data.sources=[{path:train.txt}]"))
 
 
+def test_checkpoints_of_which_none_is_whole_are_refused_and_stay(run, refused):
+    """A run that began again would replace them."""
+    place = run / "train_ring" / "checkpoints" / "step-00000004"
+    (place / "run.json").unlink()
+    before = sorted((run / "train_ring").rglob("*"))
+    line = refused(pretrain, pretrain.task, *WORDS)
+    assert "none is whole (step-00000004 is corrupt: it has no whole run.json)" in line
+    assert "restore one to resume; to begin again, delete them or give another out=" in line
+    assert sorted((run / "train_ring").rglob("*")) == before
+
+
+@pytest.mark.parametrize("settings", [("data.shuffle=3",), ("data.shuffle=3", "data.seed=1")])
+def test_another_order_of_the_text_is_refused_before_any_rank_starts(run, refused, config_of, settings):
+    place, manifest = run / "train_ring" / "checkpoints" / "step-00000004", run / "train_ring" / "manifest.json"
+    metadata, before = checkpoint_index.read_metadata(place), manifest.read_bytes()
+    checksums, job = metadata.pop("checksums"), pretrain.prepare(config_of("pretrain", *WORDS))
+    state = next(training_batches(job.data, tokenizer_of(job.target.folder))(None))[1]  # version 0.1 saved no order
+    checkpoint_index.write_index(place, {**metadata, "data": state}, checksums)
+    line = refused(pretrain, pretrain.task, *WORDS, *settings)
+    assert "the state to resume from needs data.shuffle=0 data.seed=0: use these, or start a new run" in line
+    assert manifest.read_bytes() == before
+
+
 def test_checkpoint_of_the_first_version_gets_its_weights_from_its_settings():
     sources = [{"path": "a", "weight": 3}, {"path": "b"}]
     documents = {"sources": [None, None], "tokens": [1, 2]}
     metadata = {"data": {"documents": documents, "used": 0}, "config": {"data": {"sources": sources}}}
-    assert _with_weights(json.loads(json.dumps(metadata)))["documents"] == {**documents, "weights": [3, 1.0]}
+    assert train_resume.text_state(json.loads(json.dumps(metadata)))["documents"] == {**documents, "weights": [3, 1.0]}
     metadata["data"]["documents"] = {**documents, "weights": [5, 5]}
-    assert _with_weights(metadata)["documents"]["weights"] == [5, 5]
+    assert train_resume.text_state(metadata)["documents"]["weights"] == [5, 5]
     metadata["data"]["documents"] = None
-    assert _with_weights(metadata) == metadata["data"]
+    assert train_resume.text_state(metadata) == metadata["data"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,6 @@
+"""Numbers of times and sizes in text for the user."""
+
+
+def three_digits(value: float) -> str:
+    """Return ``value`` with three digits, or as a whole number with all its digits from 1,000 on: no power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
