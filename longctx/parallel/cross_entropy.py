@@ -9,7 +9,7 @@ from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Int, Tensor
 
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0
-_ADDED_ROWS = 256  # rows of the weight's gradient of which a chunk's part exists beside the total
+_ADDED_ROWS = 128  # rows of the weight's gradient of which a chunk's part exists beside the total
 ROWS = 512  # default number of rows of logits that exist at a time
 
 
