@@ -18,7 +18,6 @@ from longctx.shapes import Float, Tensor
 
 _LEAST_WORK = 2**20  # multiplications; below, a call of oneDNN takes longer than the product
 _LEAST_INNER = 32  # numbers of rows and columns of the second matrix; narrower ones gain nothing
-_product: Any = torch.ops.mkldnn._linear_pointwise
 
 
 @cache
@@ -64,8 +63,12 @@ def multiply(
 ) -> Float[Tensor, "*rows n"]:
     """Return ``a`` @ ``b`` + ``bias`` by oneDNN, without a gradient; ``b`` or its transpose must be contiguous."""
     is_usable = a.ndim == 2 and _is_dense(a)
-    out: Tensor = _product(a if is_usable else a.contiguous(), b.t(), bias, "none", [], "")
+    out: Tensor = _product(a if is_usable else a.contiguous(), b.t(), bias)
     return out
+
+
+def _product(x: Float[Tensor, "*rows k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None) -> Any:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # an op that some builds lack
 
 
 class Products(TorchFunctionMode):

@@ -43,7 +43,7 @@ def _copy_source(code: Path) -> None:
     for file in _source_files():
         (code / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, code / file, follow_symlinks=False)
-        compiled = Path(cache_from_source(file))
+        compiled = Path(file).parent / "__pycache__" / Path(cache_from_source(file)).name
         if file.endswith(".py") and (ROOT / compiled).is_file():
             (code / compiled).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / compiled, code / compiled)

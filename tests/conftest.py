@@ -15,7 +15,6 @@ import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
-from torch.utils.flop_counter import register_flop_formula
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -30,6 +29,11 @@ from tests.tracking import wandb_below
 # No deadline for an example: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
+# Without a GPU, Triton interprets kernels. It reads the variable when it is first imported, and transformers, which the
+# conftest.py of other folders may load, imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402  (it imports Triton)
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
@@ -38,10 +42,6 @@ def count_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any)
     return 2 * math.prod(x) * weight[0]
 
 
-# Without a GPU, Triton interprets kernels. It reads the variable when it is first imported, and transformers, which the
-# conftest.py of other folders may load, imports it.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 # tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")

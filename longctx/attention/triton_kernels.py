@@ -241,7 +241,8 @@ def merge(OUT, LSE, PART_OUT, PART_LSE, sq, length, first, hq,
           D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Merge one block of rows of a partial, [b sq hq d], into the rows from ``first`` on of OUT [b length hq d].
 
-    A row with a log-sum-exp of -inf has no weight, even if its out is NaN.
+    A row with a log-sum-exp of -inf has no weight, even if its out is NaN.  A log-sum-exp of NaN stays NaN, whether or
+    not ``tl.maximum`` drops it: on GPUs it does, in the interpreter it does not.
     """
     row = tl.program_id(0) * ROWS
     batch, head = tl.program_id(1) // hq, tl.program_id(1) % hq
@@ -250,7 +251,7 @@ def merge(OUT, LSE, PART_OUT, PART_LSE, sq, length, first, hq,
     a = tl.load(total_lse, mask=in_part, other=float("-inf"))
     b = tl.load(part_lse, mask=in_part, other=float("-inf"))
     largest = tl.maximum(a, b)
-    unseen = largest == float("-inf")
+    unseen = (a == float("-inf")) & (b == float("-inf"))
     base = tl.where(unseen, 0.0, largest)  # -inf - -inf would be NaN
     weight_a, weight_b = tl.exp2((a - base) * LOG2E), tl.exp2((b - base) * LOG2E)
     weights = tl.where(unseen, 1.0, weight_a + weight_b)

@@ -5,6 +5,7 @@ import py_compile
 import shutil
 import subprocess
 import sys
+from importlib.util import cache_from_source
 
 import pytest
 
@@ -52,3 +53,10 @@ def test_compiled_files_go_with_their_source_and_are_used(checkout, tmp_path):
     words = [sys.executable, "-c", show]
     done = subprocess.run(words, cwd=tmp_path / "code", capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", str(tmp_path / "code" / "recipes" / "a.py")]
+
+
+def test_compiled_files_elsewhere_are_left_there(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "elsewhere"))
+    py_compile.compile(str(checkout / "recipes" / "a.py"), cfile=cache_from_source(str(checkout / "recipes" / "a.py")))
+    freeze._copy_source(tmp_path / "code")
+    assert (tmp_path / "code" / "recipes" / "a.py").is_file() and not list((tmp_path / "code").rglob("*.pyc"))
