@@ -127,6 +127,13 @@ class ModelShape:
         chosen = self.mixture.per_token * (2 + self.gated) * self.mixture.ffn + self.mixture.count
         return dense + (self.layers - self.experts.count(None)) * self.hidden * chosen
 
+    def cached_row_bytes(self, tp: int, ulysses: int, element_bytes: int) -> int:
+        """Return the bytes of a token's keys and values in all layers, on a rank of a mesh of ``tp`` and ``ulysses``.
+
+        Ranks with fewer KV heads than ranks have one head each.
+        """
+        return 2 * self.layers * max(1, self.kv_heads // tp // ulysses) * self.head_dim * element_bytes
+
     def first(self, layers: int) -> "ModelShape":
         """Return the shape of the model's first ``layers`` layers."""
         return replace(self, layers=layers, **{name: getattr(self, name)[:layers] for name in _BY_LAYER})

@@ -206,10 +206,14 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
 def caveats(job: PlanJob) -> Iterator[str]:
     """Yield lines on how the constants of the machine differ from those of a run, and on errors that are not known."""
     question, hardware = job.question, job.settings.hardware
-    if is_measured_on_cpus(hardware) and question.work.kind not in {*question.machine.errors, "chat"}:
-        threads = measured_threads(hardware)
+    kind, errors = question.work.kind, question.machine.errors
+    # Up to 0.2.0, errors were recorded without strategies: no mesh on which strategies differ has an error.
+    differ = {"ring", "ulysses"} if kind == "decode" else {"ring"}
+    old = question.gpus > 1 and kind in errors and not errors[kind].strategies and differ & {*errors[kind].axes}
+    if is_measured_on_cpus(hardware) and (old or kind not in {*errors, "chat"}):
+        threads, where = measured_threads(hardware), " where strategies differ" if old else ""
         yield (
-            f"how far predictions are off on {hardware} is not known: measure it there with "
+            f"how far predictions are off on {hardware}{where} is not known: measure it there with "
             f"python -m recipes.bench times hardware={hardware} model.dtype={job.model.dtype} "
             f"{f'run.threads={threads} ' if threads else ''}record=true only=[prefill,decode,train,four_ranks]"
         )

@@ -31,6 +31,7 @@ from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.listening import listen, read_key, refuse_open_host
 from recipes.common.lock import hold
 from recipes.common.places import refuse_unwritable_folder
+from recipes.common.predicted import ELEMENT_BYTES
 from recipes.common.progress import Progress
 from recipes.common.settings import section, top_level
 from recipes.common.strategy_choice import make_strategy_chooser, read_constants
@@ -171,13 +172,13 @@ def prepare(config: DictConfig) -> ServeJob:
 
 
 def refuse_useless_pages(target: Target, cache: PrefixSettings) -> None:
-    """Raise ValueError for a ``cache`` that can never store a page: no sequence or no rank has room for it."""
-    import torch
+    """Raise ValueError if no sequence fills a page of ``cache``, or if a rank has no room for a whole page.
 
+    In a prompt of many pages, most pages are whole on one ring rank.
+    """
     shape, mesh = target.shape, target.mesh
-    heads = max(1, shape.kv_heads // mesh.tp // mesh.ulysses)
-    row = 2 * shape.layers * heads * shape.head_dim * getattr(torch, target.model.dtype).itemsize
-    least = -(-cache.page // mesh.ring) * row / 1e9  # in GB, on the rank with the most rows
+    row = shape.cached_row_bytes(mesh.tp, mesh.ulysses, ELEMENT_BYTES[target.model.dtype])
+    least = cache.page * row / 1e9  # in GB
     if cache.gb and cache.page > shape.max_positions:
         raise ValueError(
             f"cache.page={cache.page} is above the model's {shape.max_positions:,} positions, so that no page is ever "
@@ -185,7 +186,7 @@ def refuse_useless_pages(target: Target, cache: PrefixSettings) -> None:
         )
     if 0 < cache.gb < least:
         raise ValueError(
-            f"cache.gb={cache.gb:g} has no room for a page, which has {least:.2g} GB on a rank with cache.page="
+            f"cache.gb={cache.gb:g} has no room for a page, which has up to {least:.3g} GB on a rank with cache.page="
             f"{cache.page}: use more, a smaller cache.page, or cache.gb=0 for no pages"
         )
 

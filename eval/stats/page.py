@@ -14,6 +14,7 @@ from eval.stats.sequential import LOOKS
 from eval.variants import BASELINE
 
 _UNDECIDABLE = "not with these sets"
+_ROUNDING = 1e-9  # a difference up to this may be 0, but for the rounding of sums
 _COMPARED = ["accuracy", "difference", "McNemar p", "verdict", "examples to decide"]
 
 
@@ -274,15 +275,16 @@ def _cells(figures: Figures, base: Figures | None, allowed_drop: float) -> list[
 def _difference(figures: Figures, allowed_drop: float) -> str:
     """Return the cell with a difference of accuracies and its interval, with as many decimals as are needed.
 
-    There are at least three.  One changed example is not rounded to 0, and the verdict on the interval as printed is
-    the verdict on the interval.
+    There are at least three.  A difference is not rounded to 0, unless it is at most 1e-9, as from the rounding of
+    sums.  The verdict on the interval as printed is the verdict on the interval.
     """
     difference, low, high = figures["difference"], figures["low"], figures["high"]
     assert difference is not None and low is not None and high is not None
     verdict = decide(low, high, allowed_drop)
     for digits in range(max(3, len(str(figures["n"] - 1))), 17):
         shown = [f"{value:+z.{digits}f}" for value in (difference, low, high)]
-        if decide(float(shown[1]), float(shown[2]), allowed_drop) == verdict:
+        is_zero = not float(shown[0]) and abs(difference) > _ROUNDING
+        if not is_zero and decide(float(shown[1]), float(shown[2]), allowed_drop) == verdict:
             break
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 

@@ -61,7 +61,8 @@ def training_batches(
 def refuse_state(state: State, data: DataSettings, tokenizer: Any, ends: tuple[int, ...] = ()) -> None:
     """Raise ValueError unless `training_batches` of ``data``, ``tokenizer`` and ``ends`` can resume from ``state``.
 
-    Reads no more than the next document's first part, or shuffle window.  Later text may still have a fault.
+    Reads the text from ``state`` to the next document's first part, or to the end of its shuffle window, and past all
+    records that are left out.  Later text may still have a fault.
     """
     next(unused(_mixed_documents(data, tokenizer, ends), state["documents"], state["used"]), None)
 

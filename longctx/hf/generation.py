@@ -71,4 +71,5 @@ def _read(folder: Path) -> Any:
             folder, config_file_name=file.name, _from_model_config=file.name == "config.json"
         )
     except Exception as error:  # a damaged file may raise any class of error, such as TypeError
-        raise ValueError(f"{file} cannot be read: {error}; correct it or remove its settings of generation") from error
+        what = "its settings of generation" if file.name == "config.json" else "the file"
+        raise ValueError(f"{file} cannot be read: {error}; correct or remove {what}") from error

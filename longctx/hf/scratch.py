@@ -22,6 +22,8 @@ COPIED = (
     "tokenizer*", "*.model", "*tekken*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*", MORE_TEMPLATES, "generation_config.json",
 )  # fmt: skip
+# Those that earlier versions did not copy, the last one of a GGUF file: a folder that they wrote may lack them.
+COPIED_LATER = ("*tekken*.json", MORE_TEMPLATES, "generation_config.json")
 # Fields of config.json that must be whole numbers of 1 or more.
 _SIZES = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -80,11 +82,16 @@ def write_folder_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
     The fields in ``changed`` replace those of the source's config.json.  Weights are not copied.
     """
     to.mkdir(parents=True)
-    for file in {file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}:
+    for file in copied_files(source):
         copy = to / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     write_config_like(source, changed, to)
+
+
+def copied_files(folder: Path) -> set[Path]:
+    """Return the files of ``folder`` that `write_folder_like` copies."""
+    return {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
 
 
 def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from longctx.infer.detokenize import Detokenizer
+from longctx.infer.detokenize import Detokenizer, last_tokens
 
 
 class AnswerText:
     """The text of an answer whose tokens arrive one by one, without special tokens.
 
     ``text`` is the text so far, up to the earliest occurrence of a text in ``stop``.  ``stopped`` says if there is one.
-    `add` and `end` return the text in pieces.  ``after`` has the last tokens of the text that the answer continues:
+    `add` and `end` return the text in pieces.  ``after`` has the tokens of the text that the answer continues:
     with them, a space before the answer's first word belongs to the answer.  Some tokenizers, such as Llama 2's, leave
     out a space at the beginning of a text.
 
@@ -19,7 +19,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         self._tokens, self._stop = Detokenizer(tokenizer), stop
-        for token in after:
+        for token in last_tokens(tokenizer, after):
             self._tokens.add(token)
         self._before = self._tokens.tail  # the end of the text before the answer, while it may change
         self._pieces = list[str]()
@@ -77,7 +77,7 @@ class TokenOffsets:
 
     def __init__(self, tokenizer: Any, begin: int = 0, after: Sequence[int] = (), *, special: bool = False) -> None:
         self._tokens = Detokenizer(tokenizer, special=special)
-        for token in after:
+        for token in last_tokens(tokenizer, after):
             self._tokens.add(token)
         self._begin = begin - self._tokens.complete
 

@@ -12,6 +12,7 @@ _MOST_NEW = 32  # tokens to decode again for each token, if no character ends
 _CONTEXT = 16  # then these tokens decide how later bytes are read: more than a character has bytes
 _OPEN_CHARACTERS = 3  # an incomplete character has at most 3 bytes, thus at most as many replacement characters
 _WRONG = 0x80  # a byte that is no character
+_LAST, _LONGEST = 8, 4  # tokens that later text is read after; bytes of the longest character
 _CLEANED = " 'nvr"  # transformers' clean-up of spaces replaces no text that goes on after another character
 
 
@@ -153,6 +154,18 @@ class _ByteRun:
                 self.open = not self._decoder.decode(bytes([byte]))
             except UnicodeDecodeError:
                 self.complete, self.open, self.wrong = "", False, True
+
+
+def last_tokens(tokenizer: Any, tokens: Sequence[int]) -> Sequence[int]:
+    """Return the last of ``tokens``, after which a `Detokenizer` reads later tokens as after all of them.
+
+    They do not begin within a character of byte tokens, since its last bytes alone would make the whole run wrong.
+    """
+    values, begin = _byte_tokens(tokenizer), max(0, len(tokens) - _LAST)
+    first = max(0, begin - _LONGEST + 1)
+    while begin > first and 0x80 <= values.get(tokens[begin], 0) < 0xC0:  # not the first byte of a character
+        begin -= 1
+    return tokens[begin:]
 
 
 def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:

@@ -80,8 +80,7 @@ class Engine:
     @property
     def row_bytes(self) -> int:
         """Bytes of a cached row on this rank: keys and values of its heads, in all layers."""
-        heads = max(1, self.shape.kv_heads // self.tp.size // self.ulysses.size)
-        return 2 * self.shape.layers * heads * self.shape.head_dim * self.dtype.itemsize
+        return self.shape.cached_row_bytes(self.tp.size, self.ulysses.size, self.dtype.itemsize)
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
         """Return ``strategies`` for `run_pass`: a dictionary from each window of the model's layers to ``strategy``."""

@@ -23,7 +23,6 @@ from longctx.serve.bodies import (
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1_000  # each token is compared with all of them
-_TAIL = 8  # last tokens of a prompt: enough for the bytes of a character
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -52,8 +51,8 @@ class Ask:
         return self.echo and self.sampling.logprobs is not None
 
     def after(self, prompt: Sequence[int]) -> Sequence[int]:
-        """Return the last tokens of ``prompt``, whose text a completion continues; none for an answer in a chat."""
-        return () if self.chat else prompt[-_TAIL:]
+        """Return the tokens whose text an answer continues: those of ``prompt``, but none in a chat."""
+        return () if self.chat else prompt
 
     @property
     def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from longctx.checksum import KEY
 from longctx.hf.checkpoint import ADAPTED, DROPPED, NORMS_OF_RANKS, tensor_files
-from longctx.hf.scratch import write_folder_like
+from longctx.hf.scratch import copied_files, write_folder_like
 from longctx.hf.tensor_file import save_file
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan
@@ -76,7 +76,8 @@ def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) ->
         write_folder_like(source, {}, folder)
         save_file(tensors, folder / ADAPTED, metadata={"format": "pt"})
         saved.write(folder)
-        (to / "config.json").unlink(missing_ok=True)
+        for file in (to / "config.json", *copied_files(to)):  # the new model may lack some of them
+            file.unlink(missing_ok=True)
         files = [file for file in folder.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             moved = to / file.relative_to(folder)

@@ -177,7 +177,9 @@ def random_inputs(job: AttentionJob, runtime: Runtime, length: int) -> list[Tens
 def check(name: str, job: AttentionJob, runtime: Runtime, kernel: Kernel, length: int) -> tuple[float, str]:
     """Return the largest relative error of out, dq, dk and dv on any rank, and "" as the reason for a refusal.
 
-    If the variant fails on a rank, the error is infinite, and the reason is the first line of what it raised.
+    If the variant fails on a rank, the error is infinite, and the reason is the first line of what it raised.  That
+    rank also prints the reason at once.  If it fails there alone, before its last exchange with other ranks, these wait
+    for it until the run ends by run.timeout_minutes.
     """
     inputs, layout = random_inputs(job, runtime, length), zigzag(length, runtime.context.size)
     *mine, dout = (layout.shard(x, runtime.context.rank, 1) for x in inputs)
@@ -191,6 +193,7 @@ def check(name: str, job: AttentionJob, runtime: Runtime, kernel: Kernel, length
         error = max(x if math.isfinite(x) else math.inf for x in rank_errors)
     except Exception as raised:  # Transformer Engine's have no common class; this rank must still meet the others
         reason = f"{type(raised).__name__}: {raised}".splitlines()[0][:120]
+        console.print(f"rank {runtime.context.rank}: {name} failed: {reason}", markup=False)
     errors, failures = gather_numbers(runtime.context, error, float(bool(reason)))
     return max(errors), reason or ("failed on another rank" if any(failures) else "")
 

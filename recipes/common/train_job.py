@@ -226,12 +226,7 @@ def refuse_offload_folder(where: str | None) -> None:
 
 
 def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:
-    """Raise ValueError if ``lora`` is set for a model, or together with a setting, that adapters do not support.
-
-    Also raises ValueError for a ``settings.seed`` without adapters, in a run that does not draw its weights.
-    """
-    if lora.rank is None and settings.seed:
-        raise ValueError(f"seed={settings.seed} draws only adapters, and lora.rank is null: leave out seed")
+    """Raise ValueError if ``lora`` is set for a model, or together with a setting, that adapters do not support."""
     if lora.rank is None:
         return
     for is_so, what, instead in (

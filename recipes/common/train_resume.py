@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import tempfile
@@ -57,32 +58,50 @@ def is_model_kept(job: TrainJob) -> bool:
 def refuse_other_model(job: TrainJob) -> None:
     """Raise ValueError if the run's folder has a ``model`` that must stay and differs from the target's.
 
-    Configuration, tokenizer and the other small files are compared.
+    Configuration, tokenizer and the other small files are compared.  Files that earlier versions did not copy may be
+    missing, and generation_config.json may have gained an eos_token_id, which a run on conversations needs.
     """
-    from longctx.hf.scratch import write_folder_like
+    from longctx.hf.scratch import COPIED_LATER, write_folder_like
 
     if not (job.scratch / "config.json").is_file() or not is_model_kept(job):
         return
     with tempfile.TemporaryDirectory() as work:
         write_folder_like(job.target.folder, {}, Path(work, "model"))
-        files, existing = (
-            {x.name: x.read_bytes() for x in each.iterdir() if x.is_file()}
-            for each in (Path(work, "model"), job.scratch)
-        )
-    # Earlier versions wrote config.json in another format, and no generation_config.json of a GGUF file.
+        files, existing = _contents_of(Path(work, "model")), _contents_of(job.scratch)
+    # Earlier versions wrote config.json in another format.
     config = read_json(job.scratch / "config.json", "restore the model's file, or give another out=")
     if json.loads(files["config.json"]) != config:
         raise ValueError(
             f"out={job.out} has a run of another model, or of this one with another model.max_positions or rope: "
             "use the same model settings, or give another out="
         )
-    added = {"generation_config.json"} - existing.keys()
+    missing = [pattern for pattern in COPIED_LATER if not fnmatch.filter(existing, pattern)]
+    added = {name for pattern in missing for name in fnmatch.filter(files, pattern)}
     names = (files.keys() | existing.keys()) - {"config.json"} - added
-    if changed := sorted(name for name in names if files.get(name) != existing.get(name)):
+    if changed := sorted(name for name in names if not _is_same(name, files.get(name), existing.get(name))):
         raise ValueError(
             f"out={job.out} has a run whose model has another {changed[0]}: restore the model's file, set "
             "model.chat_template and model.date as before, or give another out="
         )
+
+
+def _contents_of(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file of a model folder by its name, relative to ``folder``."""
+    from longctx.hf.scratch import MORE_TEMPLATES
+
+    files = [file for pattern in ("*", MORE_TEMPLATES) for file in folder.glob(pattern) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def _is_same(name: str, now: bytes | None, before: bytes | None) -> bool:
+    """Return True if the file ``name`` has the same content ``now`` as ``before``, but for an added eos_token_id."""
+    if now == before or name != "generation_config.json" or not (now and before):
+        return now == before
+    with suppress(ValueError):  # not JSON
+        settings, existing = json.loads(now), json.loads(before)
+        if isinstance(settings, dict) and isinstance(existing, dict) and existing.get("eos_token_id") is None:
+            return {**settings, "eos_token_id": None} == {**existing, "eos_token_id": None}
+    return False
 
 
 def checkpoint_bytes(shape: ModelShape, dtype: str, *, zero1: bool, adapters: bool) -> int:

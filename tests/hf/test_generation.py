@@ -103,5 +103,8 @@ def test_every_setting_of_transformers_is_known():
 def test_damaged_generation_config_is_refused(tmp_path, content):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"generation_config\.json cannot be read|eos_token_id=.* is not a token"):
+    with pytest.raises(
+        ValueError,
+        match=r"generation_config\.json cannot be read.*; correct or remove the file|eos_token_id=.* is not a token",
+    ):
         shape_of(tmp_path)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from longctx.config import Sampling
 from longctx.infer.answer import AnswerText, TokenOffsets, cut_at_stop
 from longctx.infer.detokenize import Detokenizer
+from longctx.serve.request import Ask
 from tests.tiny import tiny_tokenizer
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -83,6 +85,24 @@ def test_answer_is_the_whole_text_and_its_pieces_join_to_it(name, data, stop):
         if answer.stopped:
             break
     assert pieces + answer.end() == answer.text
+
+
+@pytest.mark.parametrize("name", ["bytes", "llama2", "gemma"])
+@pytest.mark.parametrize("prompt", ["", "日", "a日本語", "語" * 7, "\U0001f642" * 4, "aaaaaaa日", "ab\U0001f642aaaaaa"])
+def test_answer_after_characters_of_bytes_is_its_own_text(name, prompt):
+    """Few of the prompt's last tokens are read, but no character is cut, which would make all bytes after it wrong."""
+    tokenizer = tokenizers()[name]
+
+    def ids(text: str) -> list[int]:
+        if name == "bytes":
+            return list(tokenizer(text)["input_ids"])
+        return [len(PIECES) + byte if byte >= 0x80 else PIECES.index(chr(byte)) for byte in text.encode()]
+
+    tokens, after = ids("文字b"), Ask("m", (), (), Sampling()).after(ids(prompt))
+    answer = AnswerText(tokenizer, after=after)
+    assert "".join(map(answer.add, tokens)) + answer.end() == answer.text == "文字b"
+    offsets = TokenOffsets(tokenizer, 5, after)
+    assert [*dict.fromkeys(map(offsets.add, tokens))] == [5, 6, 7]
 
 
 @pytest.mark.parametrize("kind", [AnswerText, TokenOffsets])

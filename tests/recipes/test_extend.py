@@ -82,7 +82,6 @@ def test_linear_scaling_is_trained_with_and_exported(cli, tiny, tmp_path):
         (["model.max_positions=-1"], r"model\.max_positions=-1: use more than 0"),
         (["model.rope_theta=0"], r"model\.rope_theta=0\.0: use more than 0"),
         (["model.rope_factor=x"], r"model\.rope_factor=x"),
-        (["seed=1"], r"seed=1 draws only adapters, and lora\.rank is null: leave out seed"),
         (
             ["data.conversations=whole", "data.end_token=true"],
             r"data\.conversations=whole does not fit this recipe: use nu",

@@ -60,6 +60,24 @@ def test_error_of_a_calibrated_machine_is_printed_where_it_was_measured(cli, tin
     assert errors == {("ring=2", "pass_kv"): True, ("ring=2", "pass_q"): False, ("ring=2", "all_gather_kv"): False}
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes", "gpus", "says"),
+    [
+        ("prefill", ["ring", "tp"], 2, True),
+        ("prefill", ["ulysses", "tp"], 2, False),  # all strategies of prefill are the same there
+        ("prefill", ["ring", "tp"], 1, False),
+        ("decode", ["ulysses"], 2, True),
+    ],
+)
+def test_errors_recorded_without_strategies_are_measured_again(cli, tiny, write_file, kind, axes, gpus, says):
+    """Up to 0.2.0, strategies were not recorded, so that no mesh on which they differ has an error."""
+    file = write_file(errors={kind: {"share": 0.27, "axes": axes, "ranks": 2, "element_bytes": 4}})
+    words = (f"model={tiny}", f"hardware={file}", f"gpus={gpus}", f"work={kind}", "work.context=64")
+    err = " ".join(cli(plan, plan.task, *words)[2].split())
+    command = f"measure it there with python -m recipes.bench times hardware={file}"
+    assert (f"are off on {file} where strategies differ is not known: {command}" in err) == says
+
+
 @pytest.mark.parametrize(("gpus", "beyond"), [(8, False), (12, True)])
 def test_links_of_a_gpu_node_are_said_to_be_those_of_its_ranks(cli, tiny, write_file, gpus, beyond):
     file = write_file(measured={"threads": None, "mesh": "ulysses=2 ring=4"})

@@ -145,6 +145,11 @@ def test_run_of_another_tokenizer_is_refused(inputs, config_of):
         extend.prepare(config)
 
 
+def test_seed_that_draws_nothing_is_accepted(inputs, config_of):
+    """Runs of earlier versions have one in their manifests."""
+    assert extend.prepare(config_of("extend", *JOBS["extend"][2], "seed=1")).settings.seed == 1
+
+
 @pytest.mark.parametrize("name", ["generate", "chat", "pretrain", "extend", "spd_sensitivity", "spd_adapt", "eval"])
 def test_refused_prepare_writes_nothing(inputs, config_of, snapshot, name):
     """The mesh is refused after the settings of the run have been read."""

@@ -241,8 +241,8 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["cache.page=98"], "cache.page=98 is above the model's 97 positions, .* or cache.gb=0 for no pages"),
         (
-            ["cache.gb=0.0000061", "mesh.ring=2"],
-            "cache.gb=6.1e-06 has no room for a page, which has 6.1e-06 GB on a rank",
+            ["cache.gb=0.0000122", "mesh.ring=2"],  # enough for half a page a rank
+            "cache.gb=1.22e-05 has no room for a page, which has up to 1.23e-05 GB on a rank with cache.page=64: use",
         ),
         (["mesh.dp=2"], "mesh.dp=2"),
         (["+reduce=int8", "mesh.tp=3"], "not been tested with rounded reductions"),

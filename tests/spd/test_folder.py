@@ -33,10 +33,16 @@ def test_nothing_dropped_reads_the_source_and_a_dropped_block_its_own_weights(
     saved = SavedPlan(SPDPlan(shape.layers, 2, (BLOCK,), own_norms), (BLOCK, 0), (BLOCK,), "fingerprint")
     template = Path("additional_chat_templates", "tool_use.jinja")
     (source / template).parent.mkdir()
+    earlier = [source / "tekken.json", source / template.with_name("rag.jinja")]
+    for file in earlier:
+        file.write_text("{}")
     for text in ("first", "second"):  # the second model replaces the first
         (source / template).write_text(text)
         assemble(source, [tmp_path / "blocks" / "001.safetensors"], saved, adapted)
         assert (adapted / template).read_text() == text
+        assert [(adapted / file.relative_to(source)).exists() for file in earlier] == [text == "first"] * 2
+        for file in earlier:
+            file.unlink(missing_ok=True)
 
     refuse_other_tensors(adapted, shape, norm_copies=2 if own_norms else 1)
     for dropped in ((), (BLOCK,)):

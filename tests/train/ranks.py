@@ -87,6 +87,19 @@ class Step:
     router_loss: float | None = None
 
 
+def refusal(rank: Rank, folders: tuple[Path, Path]) -> str:
+    """Return the error about the checkpoints in ``folders[rank]``: each rank's machine has its own folder."""
+    from longctx.megatron.runtime import open_runtime
+    from longctx.megatron.training import checkpoint
+
+    with open_runtime(rank, Mesh(dp=2), timeout_minutes=2, training=True):
+        try:
+            checkpoint.agreed_on_all_ranks(folders[rank.rank])
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def train(rank: Rank, run: Run) -> list[Step]:
     """Run the steps of ``run`` on this rank and return each step's result; its loss alone if it writes gradients."""
     from longctx.attention.flash_cpu import flash_cpu

@@ -166,13 +166,25 @@ def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
     Every rank gets the first rank's answer, so that all resume from the same checkpoint.  The first rank reads all
     files and compares their checksums.
 
-    Raises ValueError if ``folder`` has checkpoints, but none is whole.  Also raises ValueError on a rank whose file
-    system lacks the checkpoint: all machines must share the folder.
+    Raises ValueError, on every rank, if the first rank sees checkpoints, but none is whole.  Also raises ValueError on
+    a rank whose file system lacks the checkpoint: all machines must share the folder.
     """
-    place, skipped = _from_first_rank(latest_whole(folder, content_fault_of) if _is_first_rank() else None)
-    refuse_none_whole(folder, place, skipped)
+    answer = _from_first_rank(_latest_or_error(folder) if _is_first_rank() else None)
+    if isinstance(answer, ValueError):
+        raise answer
+    place, skipped = answer
     if place and fault_of(place):
         raise ValueError(f"{place} is incomplete on this machine; set out= to a folder that all machines share")
+    return place, skipped
+
+
+def _latest_or_error(folder: Path) -> tuple[Path | None, list[str]] | ValueError:
+    """Return the answer of `agreed_on_all_ranks`, or the error that every rank must raise."""
+    place, skipped = latest_whole(folder, content_fault_of)
+    try:
+        refuse_none_whole(folder, place, skipped)
+    except ValueError as error:
+        return error
     return place, skipped
 
 

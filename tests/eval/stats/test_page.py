@@ -23,6 +23,14 @@ def test_interval_as_printed_has_the_verdict(lost, won, n, digits):
     assert compared.verdict == ("no worse" if low > -0.01 else "worse" if high < -0.01 else "undecided")
 
 
+@pytest.mark.parametrize(("sizes", "change"), [((980, 10, 10), -1 / 2940), ((99_980, 10, 10), -1 / 299_940)])
+def test_one_changed_example_of_the_largest_task_is_not_printed_as_0(sizes, change):
+    first, *others = ([1.0] * n for n in sizes)
+    compared = compare([(first, [0.0, *first[1:]]), *((one, one) for one in others)])
+    shown = _difference(vars(compared), 0.01).split()[0]
+    assert shown.startswith("-0.000") and float(shown) == pytest.approx(change, rel=0.2)
+
+
 def test_three_digits_become_four_where_the_verdict_needs_them():
     """1,000 examples have three decimals, unless an end that is above the limit would be printed as the limit."""
     cells = {}

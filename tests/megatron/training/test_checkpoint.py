@@ -15,7 +15,7 @@ from longctx.megatron.training import checkpoint
 from longctx.megatron.training.checkpoint import _ResultFile
 from longctx.parallel.launch import run_ranks
 from tests.tiny import tiny_model
-from tests.train.ranks import Run, Step, train
+from tests.train.ranks import Run, Step, refusal, train
 
 LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
 ZERO1 = Optim(zero1=True)
@@ -111,6 +111,14 @@ def test_corrupt_and_later_checkpoints_do_not_count_towards_keep(run, tmp_path):
         None,
         [f"{place.name} is corrupt: {file.name} has changed since it was written"],
     )
+
+
+def test_all_ranks_refuse_what_the_first_rank_sees(tmp_path):
+    corrupt, empty = tmp_path / "corrupt", tmp_path / "empty"
+    (corrupt / "step-00000002").mkdir(parents=True)
+    assert run_ranks(2, refusal, (empty, corrupt)) == ["", ""]
+    first, second = run_ranks(2, refusal, (corrupt, empty))
+    assert first == second and "has checkpoints, but none is whole" in first
 
 
 def test_partial_checkpoint_is_reported_once(tmp_path):

@@ -66,6 +66,19 @@ def test_variant_that_is_inexact_or_fails_on_a_rank_is_not_timed(monkeypatch):
     assert reasons == {"failed on another rank", "ZeroDivisionError: division by zero"}
 
 
+def test_rank_that_fails_says_why_before_it_waits_for_the_others(monkeypatch, capsys):
+    def wait(*args):
+        raise TimeoutError  # the other ranks are still in the variant
+
+    monkeypatch.setattr(attention, "gather_numbers", wait)
+    monkeypatch.setattr(attention, "attention_of", lambda *args: 1 / 0)
+    target = SimpleNamespace(model=ModelSource("m", "m"), shape=SimpleNamespace(heads=3, kv_heads=3, head_dim=5))
+    runtime = SimpleNamespace(context=SingleRankComm(), device=torch.device("cpu"))
+    with pytest.raises(TimeoutError):
+        attention.check("pass_q", attention.AttentionJob(attention.AttentionSettings(), target), runtime, None, 8)
+    assert "rank 0: pass_q failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

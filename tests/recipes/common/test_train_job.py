@@ -51,6 +51,58 @@ def test_model_of_a_checkpoint_or_with_weights_stays(job_of, place):
     assert layers_in(job_of(5)) == 3
 
 
+def write_in(folder, name, text):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "additional_chat_templates/rag.jinja", "generation_config.json"])
+def test_run_of_an_earlier_version_may_lack_files_but_not_have_others(job_of, name):
+    job = job_of(3)
+    write_in(job.target.folder, name, "{}")
+    begin_run(job)
+    (job.out / "checkpoints" / "step-00000002").mkdir(parents=True)
+    refuse_other_model(job)
+    write_in(job.scratch, name, '{"other": 3}')
+    with pytest.raises(ValueError, match=rf"has a run whose model has another {name}: restore"):
+        refuse_other_model(job)
+    (job.scratch / name).unlink()
+    refuse_other_model(job)
+
+
+def test_every_additional_chat_template_is_compared_if_the_run_has_one(job_of):
+    job, folder = job_of(3), "additional_chat_templates"
+    write_in(job.target.folder, f"{folder}/rag.jinja", "rag")
+    begin_run(job)
+    (job.out / "checkpoints" / "step-00000002").mkdir(parents=True)
+    write_in(job.target.folder, f"{folder}/tool_use.jinja", "tool")
+    with pytest.raises(ValueError, match=rf"has another {folder}/tool_use\.jinja"):
+        refuse_other_model(job)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_accepted"),
+    [
+        ({"top_k": 3}, {"top_k": 3, "eos_token_id": 5}, True),
+        ({"top_k": 3, "eos_token_id": None}, {"top_k": 3, "eos_token_id": [5, 7]}, True),
+        ({"top_k": 3}, {"top_k": 4, "eos_token_id": 5}, False),
+        ({"eos_token_id": 3}, {"eos_token_id": 5}, False),
+        ({"eos_token_id": 3}, {}, False),
+        ([], {"eos_token_id": 5}, False),
+    ],
+    ids=str,
+)
+def test_generation_config_may_have_gained_its_end_token(job_of, before, now, is_accepted):
+    """A run on conversations needs it there, even where an earlier version read it from config.json."""
+    job = job_of(3)
+    write_in(job.target.folder, "generation_config.json", json.dumps(before))
+    begin_run(job)
+    (job.out / "checkpoints" / "step-00000002").mkdir(parents=True)
+    write_in(job.target.folder, "generation_config.json", json.dumps(now))
+    with nullcontext() if is_accepted else pytest.raises(ValueError, match=r"has another generation_config\.json"):
+        refuse_other_model(job)
+
+
 def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchrun):
     under_torchrun(1, 2)
     begin_run(job_of(3))
