@@ -20,7 +20,9 @@ class Detokenizer:
     """Decodes tokens that arrive one by one; the texts that `add` returns, then ``tail``, are the whole text so far.
 
     The whole text is exactly that of ``tokenizer.decode`` for all tokens, without special tokens unless ``special``.
-    Later tokens may change ``tail``, but not the texts that `add` has returned.
+    Later tokens may change ``tail``, but not the texts that `add` has returned.  `tokenizers.decoders.DecodeStream`
+    (0.23) keeps this promise for byte-level tokenizers only: with byte tokens of SentencePiece it fails on some
+    sequences and sends wrong text for others, and it does not clean up spaces.
 
     Three kinds of characters are in the tail.  A character's last bytes may be missing.  With the byte tokens of
     SentencePiece, such as <0xE9>, one wrong byte replaces all characters of its run of byte tokens, so a run is final
