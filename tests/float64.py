@@ -22,9 +22,9 @@ class KeepFloat64(TorchFunctionMode):
 
 
 def float64_model(folder: Path) -> Any:
-    """Return the model of transformers in float64, to be called inside `KeepFloat64`.
+    """Return the model of transformers in float64.  Load it outside `KeepFloat64`, and call it inside.
 
-    Only rotary frequencies are rounded to float32, because this rounding is part of their definition.
+    Outside, rotary frequencies are rounded to float32; this rounding is part of their definition.
     """
     from transformers import AutoModelForCausalLM
 

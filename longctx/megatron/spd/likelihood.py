@@ -84,10 +84,13 @@ class _KLDivergence(torch.autograd.Function):
 
 
 def _logits_shard(model: GPTModel, hidden: Tensor, tp: Comm, vocab_size: int) -> tuple[Tensor, int]:
-    """Return float32 logits of this rank's shard of the vocabulary, without padding, and the shard's first token."""
+    """Return logits of this rank's shard of the vocabulary, without padding, and the shard's first token.
+
+    Logits are float32, or float64 for a model in float64.
+    """
     shard, _ = model.output_layer(hidden, weight=tied_weight(model), runtime_gather_output=False)
     first = tp.rank * shard.shape[-1]
-    return shard[..., : max(0, vocab_size - first)].float(), first
+    return shard[..., : max(0, vocab_size - first)].to(torch.promote_types(shard.dtype, torch.float32)), first
 
 
 def _log_normaliser(shard: Tensor, tp: Comm) -> Tensor:

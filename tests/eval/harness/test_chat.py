@@ -12,6 +12,7 @@ from eval.harness.tasks import answer_tasks, load_tasks
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
 from tests.eval.ranks import answer_on_rank
+from tests.float64 import KeepFloat64
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = (
@@ -41,16 +42,17 @@ def test_scores_equal_those_of_lm_eval_example_by_example(chatty: Path, sets: Pa
     job.lm.answer = lambda requests: [answers[request] for request in requests]
     answer_tasks(job.tasks, job.lm)
 
-    hf = HFLM(str(chatty), device="cpu", dtype="float32", softmax_dtype="float64", prefix_token_id=256)
+    hf = HFLM(str(chatty), device="cpu", dtype="float64", prefix_token_id=256)
     settings = {"apply_chat_template": True, "fewshot_as_multiturn": True, "limit": 5, "bootstrap_iters": 0}
-    samples = evaluator.evaluate(lm=hf, task_dict=load_tasks(TASKS, sets, 2, None), **settings)["samples"]
+    with KeepFloat64():
+        samples = evaluator.evaluate(lm=hf, task_dict=load_tasks(TASKS, sets, 2, None), **settings)["samples"]
     for name in TASKS:
         found = [instance.resps[0] for instance in job.tasks[name].instances]
         theirs = [
             (float(score), str(greedy) == "True") for sample in samples[name] for ((score, greedy),) in sample["resps"]
         ]
         assert len(found) == len(theirs) == (20 if name == "arc_easy" else 5)
-        assert [score for score, _ in found] == pytest.approx([score for score, _ in theirs], abs=1e-4)
+        assert [score for score, _ in found] == pytest.approx([score for score, _ in theirs], abs=1e-9)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in theirs]
 
 
