@@ -14,8 +14,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from longctx.config.run import KernelName
-from longctx.cost.forward import layer_weights
-from longctx.cost.hardware import Hardware, LayerRates, Link
+from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
 from longctx.text_file import write_text
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 
 RECIPE = "recipes.calibrate"
-LAYERS = 6  # layers to measure; one layer's weights may stay in the cache
 
 
 @dataclass(frozen=True)
@@ -43,62 +41,15 @@ class CalibrateSettings:
     kernel: KernelName = "auto"
 
 
-def measure_backward(runtime: Runtime, target: Target) -> float:
-    """Return the time of an attention block's backward as a multiple of its forward's; every rank must call it.
+def measure_tiles(runtime: Runtime, target: Target) -> tuple[float, float]:
+    """Return `Hardware`'s ``backward`` and ``causal``; every rank must call it.
 
-    On a CPU, all ranks measure it at once.  On a GPU, the result is the ratio of FLOPs, 2.5.
+    On a CPU, all ranks measure them at once.  On a GPU, they are the ratios of FLOPs.
     """
-    from longctx.parallel.measure.probe import probe_backward
+    from longctx.parallel.measure.probe import probe_tiles
 
     is_cpu = runtime.device.type == "cpu"
-    return probe_backward(*kernel_on_ring(runtime, target)) if is_cpu else Hardware.backward
-
-
-def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
-    """Measure the rates of one rank's layers without their attention; every rank must call it.
-
-    Runs the first `LAYERS` layers with random weights, which together do not fit in a CPU's cache.  Returns None for a
-    mixture of experts, and with tensor parallelism, whose reductions would be timed as well.
-    """
-    import torch
-
-    from longctx.megatron.attention import Pass, rotary_tables
-    from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.hf_io.init import RandomInit
-    from longctx.megatron.model import build_model, hidden_states
-    from longctx.megatron.products import linear
-    from longctx.parallel.measure.probe import probe_layer
-
-    if target.shape.mixture or target.mesh.tp > 1:
-        return None
-    shape, dtype = target.shape.first(min(LAYERS, target.shape.layers)), getattr(torch, target.model.dtype)
-    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
-    hf_load.load(net, RandomInit(shape, seed=0), shape)
-
-    def forward(tokens: int) -> object:
-        positions = torch.arange(tokens, device=runtime.device)
-        one_pass = Pass(attend=lambda _layer, q, *_others: q, rotary=rotary_tables(shape, positions, dtype))
-        return hidden_states(net, positions.remainder(shape.vocab_size).unsqueeze(0), one_pass)
-
-    weights = sum(layer_weights(shape)) * shape.layers
-    all_layers = probe_layer(runtime.world, forward, weights, dtype, runtime.device, linear)
-    return replace(all_layers, layer_s=all_layers.layer_s / shape.layers, reduce=measure_reduce(runtime))
-
-
-def measure_reduce(runtime: Runtime) -> Link | None:
-    """Measure one step of an all-reduce over the ranks that share gradients; every rank must call it.
-
-    Returns None on a GPU, where calls return early, and if these ranks are not all ranks.  A ring of n ranks takes
-    2 (n - 1) steps, each of which sends 1/n of the bytes.
-    """
-    from longctx.parallel.measure.all_reduce import time_all_reduce
-
-    group, ranks = runtime.groups.dp_cp, runtime.world.size
-    if runtime.device.type != "cpu" or group.size() != ranks:
-        return None
-    sizes = (2**10, 2**24)
-    small, large = (time_all_reduce(group, size, 5, runtime.device) / (2 * (ranks - 1)) for size in sizes)
-    return Link(small, (sizes[1] - sizes[0]) / ranks / max(large - small, 1e-9))
+    return probe_tiles(*kernel_on_ring(runtime, target)) if is_cpu else (Hardware.backward, Hardware.causal)
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
@@ -106,11 +57,13 @@ def run_rank(rank: Rank, target: Target) -> Hardware:
     import torch
 
     from longctx.parallel.measure.probe import gemm_flops
+    from recipes.common.layer_rates import measure_layer
 
-    with target.runtime(rank) as runtime:
+    with target.runtime(rank, training=True) as runtime:
         peak = gemm_flops(runtime.world, getattr(torch, target.model.dtype), runtime.device)
         ring, layer = measure_ring(runtime, target), measure_layer(runtime, target)
-        return replace(ring, peak_flops=peak, layer=layer, backward=measure_backward(runtime, target))
+        backward, causal = measure_tiles(runtime, target)
+        return replace(ring, peak_flops=peak, layer=layer, backward=backward, causal=causal)
 
 
 def show(constants: Hardware) -> None:
@@ -119,6 +72,7 @@ def show(constants: Hardware) -> None:
     table.add_row("attention, wide blocks", f"{constants.flops / 1e9:,.1f} GFLOP/s a rank")
     table.add_row("keys and values, few rows", f"{constants.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
     table.add_row("backward of a block, in forwards", f"{constants.backward:.1f}")
+    table.add_row("a causal tile, by its visible pairs", f"{constants.causal:.1f}")
     table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
     if constants.peak_flops:
         table.add_row("GEMMs (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
@@ -126,6 +80,11 @@ def show(constants: Hardware) -> None:
         table.add_row("a layer's GEMMs, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
         table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
         table.add_row("overhead of a layer", f"{layer.layer_s * 1e6:,.0f} us")
+        if training := layer.training:
+            table.add_row("backward of a layer, in forwards", f"{training.backward:.1f}")
+            table.add_row("a million weights in a training step", f"{training.gradient_s * 1e9:,.1f} ms")
+            table.add_row("a million weights in the optimizer", f"{training.update_s * 1e9:,.1f} ms")
+            table.add_row("a million logits of the loss", f"{training.loss_s * 1e9:,.1f} ms")
         if layer.reduce:
             step = f"{layer.reduce.latency_s * 1e6:,.0f} us + {layer.reduce.bytes_per_s / 1e9:,.2f} GB/s"
             table.add_row("a step of an all-reduce", step)
@@ -158,7 +117,14 @@ def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
 
 def task(config: DictConfig) -> None:
     """Measure on all ranks, then write and show the constants of the first rank."""
-    warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
+    warm_up_ranks(
+        [
+            "longctx.megatron.runtime",
+            "longctx.parallel.measure.probe",
+            "recipes.common.layer_rates",
+            "longctx.megatron.training.optimizer",
+        ]
+    )
     target, settings = resolve_calibration(config)
     with record(config, RECIPE):
         result = on_ranks(target.mesh, run_rank, target)

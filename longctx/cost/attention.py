@@ -93,6 +93,14 @@ class Work:
             pairs += early * p + early * (early + 1) / 2 + (t - early) * (self.window or 0)
         return 4 * self.head_dim * self.heads * pairs
 
+    @property
+    def causal_flops(self) -> float:
+        """FLOPs of all ``ranks`` of the ring in causal tiles: between new tokens of the same chunk of zigzag."""
+        chunk = [t if self.ranks == 1 else t / (2 * self.ranks) for t in self.new]
+        reach = [x if self.window is None else min(x, self.window) for x in chunk]
+        tiles = 1 if self.ranks == 1 else 2 * self.ranks
+        return 4 * self.head_dim * self.heads * tiles * sum(r * (x - r / 2) for x, r in zip(chunk, reach, strict=True))
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -112,8 +120,12 @@ def block_seconds(work: Work, hardware: Hardware) -> float:
     Zigzag spreads the pairs evenly over ranks and steps, so a block has 1 / N^2 of them.  The block is compute-bound
     or, with few rows, bound by reading its keys and values.  Under a window, the result is the mean over the N blocks,
     some of which have no visible pair and take no time.
+
+    Causal tiles take ``hardware.causal`` times as long as their pairs.  On a ring, half of the new pairs of a rank's
+    own block are in causal tiles: zigzag's two chunks are two such tiles and a full one, which has as many pairs.
     """
-    arithmetic = work.flops / work.ranks**2 / hardware.flops
+    pairs = work.flops + (hardware.causal - 1) * work.causal_flops
+    arithmetic = pairs / work.ranks**2 / hardware.flops
     read = work.reach.kv_read / work.ranks * work.kv_row_bytes
     return start_seconds(work, hardware) + max(arithmetic, read / hardware.kv_bytes_per_s)
 

@@ -7,6 +7,8 @@ Per layer, a rank with T / (U R) rows of the new tokens computes
     attention  `longctx.cost.attention`, with the heads of one rank
     reductions (2 - p) all-reduces of rows x hidden      p: share of blocks that drop one (arXiv 2502.20727)
 
+and once, for its shard of the vocabulary, an all-reduce of the embedding, which no setting rounds.
+
 The times are added, because only the ring's communication is hidden by computation.
 """
 
@@ -294,4 +296,6 @@ def _reductions(shape: Decoder, mesh: Degrees, machine: Machine, rows: float, nu
             one = message_bytes(int(states * rows), shape.hidden, numbers.reduce)
             seconds += count * machine.rounded_reduction_seconds(states * rows, shape.hidden, mesh.tp, numbers.reduce)
         size += count * one
-    return shape.layers * seconds, shape.layers * 2 * (mesh.tp - 1) / mesh.tp * size
+    embedded = rows * shape.hidden * numbers.element
+    seconds = shape.layers * seconds + machine.all_reduce_seconds(embedded, mesh.tp)
+    return seconds, 2 * (mesh.tp - 1) / mesh.tp * (shape.layers * size + embedded)

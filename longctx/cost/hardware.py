@@ -62,6 +62,25 @@ def link_of(values: Mapping[str, Any]) -> Link:
 
 
 @dataclass(frozen=True)
+class TrainRates:
+    """Performance of one rank in a training step, outside attention.
+
+    * ``backward``: time of a layer's backward divided by its forward's, with many rows: 2 by FLOPs.
+    * ``gradient_s``: seconds for each weight and micro-batch: reading the weight, and adding to its gradient.
+    * ``update_s``: seconds of the optimizer for each weight and step, including zeroing and clipping the gradients.
+    * ``loss_s``: seconds of the loss for each logit, besides its GEMMs.
+    """
+
+    backward: float
+    gradient_s: float
+    update_s: float
+    loss_s: float
+
+    def __post_init__(self) -> None:
+        refuse_impossible(self, "training ", ("backward",), ("gradient_s", "update_s", "loss_s"))
+
+
+@dataclass(frozen=True)
 class LayerRates:
     """Performance of one rank outside attention, for plans.
 
@@ -70,6 +89,7 @@ class LayerRates:
     * ``layer_s``: the overhead of a layer, which does not depend on the rows.
     * ``gather``: an all-gather of few rows, as in decoding.
     * ``reduce``: a step of a ring all-reduce; None uses `Hardware`'s latency of ``hop`` and rate of ``exchange``.
+    * ``training``: a training step; None: derived from the fields above.
     """
 
     gemm_flops: float
@@ -77,6 +97,7 @@ class LayerRates:
     layer_s: float
     gather: Link
     reduce: Link | None = None
+    training: TrainRates | None = None
 
     def __post_init__(self) -> None:
         refuse_impossible(self, "layer ", ("gemm_flops", "weight_bytes_per_s"), ("layer_s",))
@@ -97,11 +118,12 @@ class Hardware:
     * ``peak_flops``: peak FLOP/s of GEMMs in the training dtype, the denominator of MFU; None if unknown.
     * ``layer``: performance outside attention; None if it was not measured.
     * ``backward``: time of a block's backward divided by its forward's: 2.5 by arithmetic (5 GEMMs against 2).
+    * ``causal``: time of a causal tile relative to its visible pairs at the rate ``flops``: 1 by arithmetic.
     * ``ranks_at_once``: number of ranks that the machine's cores run at once; further ranks take turns.  None if each
       rank has its own device.
 
-    Raises ValueError for a ``flops``, ``kv_bytes_per_s``, ``peak_flops`` or ``backward`` that is not positive, for
-    ``ranks_at_once`` below 1, for an ``overlap`` outside 0 to 1, and for a negative ``block_s``.
+    Raises ValueError for a ``flops``, ``kv_bytes_per_s``, ``peak_flops``, ``backward`` or ``causal`` that is not
+    positive, for ``ranks_at_once`` below 1, for an ``overlap`` outside 0 to 1, and for a negative ``block_s``.
     """
 
     flops: float
@@ -115,9 +137,10 @@ class Hardware:
     layer: LayerRates | None = None
     ranks_at_once: int | None = None
     backward: float = 2.5
+    causal: float = 1.0
 
     def __post_init__(self) -> None:
-        rates = ("flops", "kv_bytes_per_s", "peak_flops", "backward", "ranks_at_once")
+        rates = ("flops", "kv_bytes_per_s", "peak_flops", "backward", "causal", "ranks_at_once")
         refuse_impossible(self, "hardware ", rates, ("block_s",))
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"hardware overlap={self.overlap} is not a share; use a number from 0 to 1")
@@ -141,8 +164,8 @@ def hardware_of(values: Any, source: str) -> Hardware:
         peak = None if peak is None else float(peak)
         layer, at_once = _layer_of(values.get("layer")), values.get("ranks_at_once")
         at_once = None if at_once is None else whole(at_once)
-        backward = float(values.get("backward", Hardware.backward))
-        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, layer, at_once, backward)
+        backward, causal = (float(values.get(x, getattr(Hardware, x))) for x in ("backward", "causal"))
+        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, layer, at_once, backward, causal)
     except KeyError as missing:
         raise ValueError(f"{source} has no field {missing}; {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:
@@ -162,4 +185,8 @@ def _layer_of(values: Mapping[str, Any] | None) -> LayerRates | None:
     refuse_unknown(values, [one.name for one in fields(LayerRates)], "the section layer")
     gemm, read, layer_s = (float(values[name]) for name in ("gemm_flops", "weight_bytes_per_s", "layer_s"))
     reduce = link_of(values["reduce"]) if values.get("reduce") else None
-    return LayerRates(gemm, read, layer_s, link_of(values["gather"]), reduce)
+    training = values.get("training")
+    if training is not None:
+        refuse_unknown(training, [one.name for one in fields(TrainRates)], "the section training")
+        training = TrainRates(**{one.name: float(training[one.name]) for one in fields(TrainRates)})
+    return LayerRates(gemm, read, layer_s, link_of(values["gather"]), reduce, training)

@@ -5,11 +5,14 @@ The files of configs/machine/ list the constants with their sources; `longctx.co
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd, prod
+from math import ceil, gcd, prod
 from typing import Protocol, runtime_checkable
 
-from longctx.cost.hardware import Hardware, Link, refuse_impossible
+from longctx.cost.hardware import Hardware, Link, TrainRates, refuse_impossible
 from longctx.cost.reduction import all_reduce_seconds, reduction_seconds
+
+# Linux lets a process run for 1 to 3 ms before another one gets its core.
+TURN_S = 2e-3
 
 
 @runtime_checkable
@@ -73,6 +76,16 @@ class Level:
             return self.reduce.bytes_per_s
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
+    def later(self, seconds: float) -> "Level":
+        """Return this level with ``seconds`` more latency for each message, except those of ``gather``."""
+
+        def link(one: Link) -> Link:
+            return replace(one, latency_s=one.latency_s + seconds, bulk=link(one.bulk) if one.bulk else None)
+
+        late = replace(self, hop=link(self.hop), exchange=link(self.exchange), gather=self.gather_link)
+        step_s = None if self.step_s is None else self.step_s + seconds
+        return replace(late, step_s=step_s, reduce=link(self.reduce) if self.reduce else None)
+
 
 def strategies_differ(work: str, mesh: Degrees) -> bool:
     """Return True if the strategies of ``work`` ("decode", or any other kind) differ in their time on ``mesh``.
@@ -115,7 +128,9 @@ class Machine:
     * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
     * ``errors``: accuracy for each kind of work whose predictions were compared with runs.
     * ``backward``: time of the backward of a block of attention, divided by the forward's.
+    * ``causal``: time of a causal tile relative to its visible pairs at the rate ``attention_flops``.
     * ``ranks_at_once``: ranks that compute at once, if ranks share the cores of a CPU; None sets no limit.
+    * ``training``: rates of a training step outside attention; None derives them from FLOPs and bytes.
     """
 
     levels: Sequence[Level]
@@ -136,13 +151,15 @@ class Machine:
     errors: Mapping[str, Accuracy] = field(default_factory=dict)
     ranks_at_once: int | None = None
     backward: float = 2.5
+    causal: float = 1.0
+    training: TrainRates | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("levels is empty: give at least one level of links, as the files of configs/machine do")
         rates = ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s", "backward")
         limits = ("memory_bytes", "peak_flops", "ffn_element_bytes", "ranks_at_once")
-        refuse_impossible(self, "", (*rates, *limits), ("block_s", "step_s", "layer_s", "turn_s"))
+        refuse_impossible(self, "", (*rates, "causal", *limits), ("block_s", "step_s", "layer_s", "turn_s"))
         sizes = [level.ranks for level in self.levels]
         if sizes != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"levels have {sizes} ranks: give the smallest block of GPUs first, and each size once")
@@ -162,8 +179,10 @@ class Machine:
         """Return the constants of one rank while all ranks of ``mesh`` run on this machine.
 
         Levels beyond the smallest block that holds all ranks are left out.  If the ranks are more than `ranks_at_once`,
-        they take turns on the cores.  Rates of a rank's own work then fall, and overheads grow, by the factor ranks /
-        `ranks_at_once`.  Links stay as fast, but computation hides no communication.
+        they take turns on the cores.  Rates of a rank's own work then fall, and overheads grow, by the number of turns:
+        ranks / `ranks_at_once`, rounded up, because ranks wait for each other in every layer.  Computation hides no
+        communication, and a message takes `TURN_S` longer, because its receiver waits for a core.  That does not hold
+        for the messages of decoding: between them, ranks compute less than a turn.
 
         ``mesh`` may have at most `gpus` ranks.
         """
@@ -171,14 +190,18 @@ class Machine:
         assert ranks <= self.gpus, f"{ranks} ranks on a machine of {self.gpus} GPUs"
         smaller = [level for level in self.levels if level.ranks < ranks]
         one = replace(self, levels=self.levels[: len(smaller) + 1])
-        turns = ranks / self.ranks_at_once if self.ranks_at_once else 1.0
+        turns = ceil(ranks / self.ranks_at_once) if self.ranks_at_once else 1
         if turns <= 1:
             return one
         rates = ("gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s")
         times = ("block_s", "step_s", "layer_s", "turn_s")
         scaled = {name: getattr(self, name) / turns for name in rates}
         scaled |= {name: getattr(self, name) * turns for name in times}
-        return replace(one, **scaled, overlap=0.0, ranks_at_once=None)
+        if self.training:
+            seconds = {name: getattr(self.training, name) * turns for name in ("gradient_s", "update_s", "loss_s")}
+            one = replace(one, training=replace(self.training, **seconds))
+        levels = [level.later(TURN_S) for level in one.levels]
+        return replace(one, **scaled, levels=levels, overlap=0.0, ranks_at_once=None)
 
     def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":
         """Return the machine with one kind of link between all ranks: the first level's, made slower.
@@ -231,6 +254,7 @@ class Machine:
             level.exchange,
             0.0 if decodes else self.overlap,
             backward=self.backward,
+            causal=self.causal,
         )
 
     def all_reduce_seconds(self, size: float, ranks: int, stride: int = 1) -> float:

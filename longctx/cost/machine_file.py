@@ -99,4 +99,6 @@ def _one_node(measured: Hardware, source: str) -> Machine:
         peak_flops=measured.peak_flops,
         ranks_at_once=measured.ranks_at_once,
         backward=measured.backward,
+        causal=measured.causal,
+        training=layer.training,
     )

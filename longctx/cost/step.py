@@ -2,7 +2,8 @@
 
 Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
 
-    products   GEMMs, 3 times the forward's: one each for the output, the weights' gradient and the input's gradient
+    products   GEMMs, 3 times the forward's: one each for the output, the weights' gradient and the input's gradient;
+               a machine with measured `TrainRates` has its own factor, and its own time for each weight
     attention  the forward, and `longctx.cost.attention.backward_cost`
     Ulysses    two all-to-alls in the forward, and two in the backward
     tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); each
@@ -161,10 +162,15 @@ def _products(
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]
     again += dense_ffn_weights(shape) if work.mlp_rows else 0.0
-    weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
-    unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
-    read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
-    products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
+    once = layers * (projections + ffn) + shape.hidden * shape.vocab_size  # the last stage has the head
+    unread = layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
+    backward, read_s = 2.0, numbers.element / machine.memory_bytes_per_s
+    gradient_s, loss_s = 3 * read_s, 0.0
+    if rates := machine.training:
+        backward, gradient_s, loss_s = rates.backward, rates.gradient_s, rates.loss_s
+    read = ((once - unread) * gradient_s + layers * again * read_s) / mesh.tp
+    products = 2 * ((1 + backward) * once + layers * again) * rows / mesh.tp / machine.gemm_flops + read
+    products += rows * shape.vocab_size / mesh.tp * loss_s
     # 2. All-reduces.  A norm of queries or keys over all heads sums squares, in the backward too.
     size = rows * shape.hidden * numbers.element
     whole, tiled = (layers * count for count in _layer_sums(shape, mesh, work, numbers.spd_share))
@@ -202,10 +208,11 @@ def _update(
     """Return the seconds of summing gradients, those of the optimizer, and the bytes that a rank sends for both."""
     # With ZeRO-1, scattering gradients and gathering weights take half an all-reduce each.
     moved = (4 + numbers.element) / 2 if work.zero1 else 4
+    update_s = machine.training.update_s if machine.training else _UPDATE_BYTES / machine.memory_bytes_per_s
     seconds = update = sent = 0.0
     for replicas, weights in weights_by_replicas(shape, mesh).items():
         stride = mesh.tp * mesh.dp * mesh.ulysses * mesh.ring // replicas
         seconds += machine.all_reduce_seconds(weights * moved, replicas, stride)
-        update += weights / (replicas if work.zero1 else 1) * _UPDATE_BYTES / machine.memory_bytes_per_s
+        update += weights / (replicas if work.zero1 else 1) * update_s
         sent += 2 * (replicas - 1) / replicas * weights * moved
     return seconds, update, sent

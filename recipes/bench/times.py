@@ -138,12 +138,13 @@ def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, floa
     """Return the predicted seconds of ``run`` by part.
 
     A training step is predicted for the documents of the batch on which it is timed (`first_batch`).
-    On emulated hosts, the links have the nominal rate and latency; the latency of a message on loopback is added.
+    On emulated hosts, the links have the nominal rate; the latency of a message on loopback is added to theirs.  That
+    is two one-way latencies, because gloo sends a message only when the receiver's notice has arrived.
     """
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
     shape, mesh, numbers = target.shape, target.mesh, Numbers(size, size, dropped_share(job, run), run.reduce)
     if run.rate:
-        machine = machine.with_links(run.latency_us * 1e-6, bits_per_s(run.rate) / 8)
+        machine = machine.with_links(2 * run.latency_us * 1e-6, bits_per_s(run.rate) / 8)
     if run.work == "decode":
         return decode_cost(shape, mesh, machine, [run.cached], run.strategy, numbers).parts
     if run.work == "prefill":

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from longctx.config import Mesh
-from longctx.cost.forward import Numbers, decode_cost, prefill_cost
-from longctx.cost.hardware import LayerRates, Link
-from longctx.cost.machine import Level, Machine
+from longctx.cost.attention import Work, block_seconds
+from longctx.cost.forward import Numbers, decode_cost, layer_weights, prefill_cost
+from longctx.cost.hardware import Hardware, LayerRates, Link, TrainRates
+from longctx.cost.machine import TURN_S, Level, Machine
 from longctx.cost.machine_file import machine_of
 from longctx.cost.step import StepWork, step_cost
 from longctx.model_shape import ModelShape
@@ -21,6 +22,8 @@ SHAPE = ModelShape(5, 300, 12, 6, 30, 720, 4000, 4096, 1e-5, False, False)
 LINK = Link(1e-4, 1e8)
 MACHINE = Machine([Level("all", 8, LINK, LINK)], 8, 1e10, 1e11, 1e9, 2e9, 0.0, 1e-5, 1e-4, 1e-3)
 NUMBERS = Numbers(4, 4)
+TRAINING = {"backward": 2, "gradient_s": 0, "update_s": 0, "loss_s": 0}
+KERNEL = Hardware(1e9, 1e12, 1e-5, LINK, LINK, 0.0)
 
 
 def costs(machine, mesh):
@@ -29,15 +32,27 @@ def costs(machine, mesh):
     yield step_cost(SHAPE, mesh, machine, StepWork(96, 1), "pass_kv", NUMBERS)
 
 
-@pytest.mark.parametrize(("ranks", "turns"), [(1, 1), (2, 1), (3, 1.5), (4, 2)])
+@pytest.mark.parametrize(("ranks", "turns"), [(1, 1), (2, 1), (3, 2), (4, 2)])
 def test_more_ranks_than_cores_take_turns(ranks, turns):
-    """A rank's own work takes longer; messages do not."""
+    """A rank's own work takes longer, of three as of four: two wait for the third.  Messages are late."""
+    late = replace(MACHINE, levels=[MACHINE.levels[0].later(TURN_S if turns > 1 else 0.0)])
     for alone, shared in zip(
-        costs(MACHINE, Mesh(ring=ranks)), costs(replace(MACHINE, ranks_at_once=2), Mesh(ring=ranks)), strict=True
+        costs(late, Mesh(ring=ranks)), costs(replace(MACHINE, ranks_at_once=2), Mesh(ring=ranks)), strict=True
     ):
         for part, seconds in shared.parts.items():
             own = part not in ("ring", "merge", "tp", "ulysses", "gradients", "experts")
             assert seconds == pytest.approx(alone.parts[part] * (turns if own else 1), abs=1e-12), part
+
+
+def test_late_links():
+    """All messages but those of decoding have more latency; their rates are the same."""
+    bulk, gather = Link(2.0, 5e9), Link(0.5, 7e9)
+    level = Level("all", 8, Link(1.0, 1e9, bulk), Link(3.0, 2e9), step_s=0.25, gather=gather, reduce=Link(4.0, 3e9))
+    late = level.later(10.0)
+    assert (late.hop, late.exchange) == (Link(11.0, 1e9, Link(12.0, 5e9)), Link(13.0, 2e9))
+    assert (late.step_s, late.gather, late.reduce) == (10.25, gather, Link(14.0, 3e9))
+    plain = Level("all", 8, Link(1.0, 1e9), Link(3.0, 2e9)).later(10.0)
+    assert (plain.step_s, plain.gather_link, plain.reduce) == (None, Link(3.0, 2e9), None)
 
 
 def two_levels(near, far):
@@ -81,13 +96,17 @@ def test_links_between_hosts_are_slower_and_never_faster():
 
 
 def test_rounded_messages_are_shorter():
-    """Two steps, each of 2 messages of a third of the bytes: 300 values in 5 groups of 64, with a scale of 2 bytes."""
+    """Two steps, each of 2 messages of a third of the bytes: 300 values in 5 groups of 64, with a scale of 2 bytes.
+
+    The embedding's all-reduce is never rounded.
+    """
     parts = {
         name: prefill_cost(SHAPE, Mesh(tp=3), MACHINE, [96], [0], "pass_kv", replace(NUMBERS, reduce=name)).parts
         for name in ("float32", "int8")
     }
-    assert parts["int8"]["tp"] == pytest.approx(5 * 2 * 2 * (1e-4 + 2 * 96 * 5 * 66 / 3 / 1e8))
-    assert parts["float32"]["tp"] == pytest.approx(5 * 2 * 4 * (1e-4 + 96 * 300 * 4 / 3 / 1e8))
+    exact = 4 * (1e-4 + 96 * 300 * 4 / 3 / 1e8)
+    assert parts["int8"]["tp"] == pytest.approx(5 * 2 * 2 * (1e-4 + 2 * 96 * 5 * 66 / 3 / 1e8) + exact)
+    assert parts["float32"]["tp"] == pytest.approx((5 * 2 + 1) * exact)
 
 
 def test_a_measured_backward_and_all_reduce_replace_the_arithmetic():
@@ -102,7 +121,7 @@ def test_a_measured_backward_and_all_reduce_replace_the_arithmetic():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("backward", 0), ("peak_flops", 0), ("ranks_at_once", 0), ("block_s", -1e-6), ("turn_s", -1),
+    [("backward", 0), ("causal", -1), ("peak_flops", 0), ("ranks_at_once", 0), ("block_s", -1e-6), ("turn_s", -1),
      ("gemm_flops", math.nan), ("layer_s", math.inf), ("partial_element_bytes", 0)],
 )  # fmt: skip
 def test_impossible_constants_are_refused(name, value):
@@ -146,6 +165,11 @@ def test_impossible_files_are_refused(change, words):
         ),
         ({"errors": {"prefill": {"share": 0.1, "axes": [], "ranks": 1.7}}}, "1.7 is not a whole number"),
         ({"ranks_at_once": 2.9}, "2.9 is not a whole number"),
+        ({"causal": 0}, "causal=0"),
+        ({"layer": {"training": TRAINING | {"backward": 0}}}, "training backward=0"),
+        ({"layer": {"training": TRAINING | {"gradient_s": -1}}}, "training gradient_s=-1"),
+        ({"layer": {"training": TRAINING | {"twice": 1}}}, "twice is not a field"),
+        ({"layer": {"training": {"backward": 2, "gradient_s": 0, "loss_s": 0}}}, "no field 'update_s'"),
     ],
 )
 def test_constants_of_a_measured_machine_are_possible(change, words):
@@ -153,9 +177,42 @@ def test_constants_of_a_measured_machine_are_possible(change, words):
     layer = {"gemm_flops": 3e9, "weight_bytes_per_s": 1e9, "layer_s": 0, "gather": link}
     rates = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1}
     values = {**rates, "hop": link, "exchange": link, "layer": layer}
-    assert machine_of(values, "mine")
+    assert machine_of(values, "mine").training is None
+    change = {"layer": layer | change["layer"]} if "layer" in change else change
     with pytest.raises(ValueError, match=words):
         machine_of({**values, **change}, "mine")
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(ring=2), Mesh(tp=2)], ids=str)
+def test_measured_rates_of_training_replace_flops_and_bytes(mesh):
+    """Rates equal to those by FLOPs and bytes change nothing; others change products and optimizer only."""
+    read_s = NUMBERS.element / MACHINE.memory_bytes_per_s
+    by_flops = TrainRates(2.0, 3 * read_s, 28 / MACHINE.memory_bytes_per_s, 0.0)
+    for work in (StepWork(96, 1), StepWork(96, 1, recompute="full"), StepWork(96, 1, zero1=True)):
+        plain, same, slower = (
+            step_cost(SHAPE, mesh, replace(MACHINE, training=rates), work, "pass_kv", NUMBERS).parts
+            for rates in (None, by_flops, replace(by_flops, backward=3.5, update_s=2 * by_flops.update_s, loss_s=1e-6))
+        )
+        assert same == pytest.approx(plain)
+        assert slower["optimizer"] == pytest.approx(2 * plain["optimizer"])
+        others = {"products", "optimizer"}
+        assert {name: x for name, x in slower.items() if name not in others} == pytest.approx(
+            {name: x for name, x in plain.items() if name not in others}
+        )
+        weights = SHAPE.layers * sum(layer_weights(SHAPE)) + SHAPE.hidden * SHAPE.vocab_size
+        more = (1.5 * 2 * weights / MACHINE.gemm_flops + 1e-6 * SHAPE.vocab_size) * 96 / (mesh.ring * mesh.tp)
+        assert slower["products"] - plain["products"] == pytest.approx(more)
+
+
+@pytest.mark.parametrize(("ring", "share"), [(1, 1.0), (2, 1 / 4), (3, 1 / 6)])
+def test_slow_causal_tiles_count_by_their_pairs(ring, share):
+    """``share``: of the T^2 / 2 pairs of new tokens, those within one of zigzag's 2N chunks; on one rank, all."""
+    work = Work([600], [0], ring, 4, 2, 8, 4)
+    seconds = [ring * block_seconds(work, replace(KERNEL, causal=causal)) for causal in (1.0, 1.5)]
+    pairs_s = 4 * 8 * 4 * 600**2 / 2 / KERNEL.flops / ring
+    assert seconds[1] - seconds[0] == pytest.approx(0.5 * share * pairs_s)
+    windowed = replace(work, window=7)
+    assert block_seconds(windowed, replace(KERNEL, causal=1.5)) < block_seconds(work, replace(KERNEL, causal=1.5))
 
 
 NAN = {"latency_s": float("nan"), "bytes_per_s": 1e9}

@@ -62,13 +62,14 @@ def test_flops_and_rate_of_a_million_tokens():
 def test_dropped_reductions_save_the_published_share():
     """V12: dropping in 70 % of blocks saves 19.7 %.  In all blocks, half of the transfers go (V13: over 46 %).
 
-    In Figure 2, 160 all-reduces take up to 14 ms (300 GB/s) and 300 ms (10 GB/s); the faster links gain less.
+    The embedding's all-reduce stays, beside two in each of 80 layers.  In Figure 2, 160 all-reduces take up to 14 ms
+    (300 GB/s) and 300 ms (10 GB/s); the faster links gain less.
     """
     (row,) = rows_of("spd_text")
     assert predict(row, machine("a100_lbw")) == pytest.approx(0.197, abs=0.005)
     shape, mesh = shape_named("llama2_70b"), Mesh(tp=8)
     parts = [prefill_cost(shape, mesh, machine("a100_lbw"), [128], [0], "pass_kv", Numbers(2, 2, p)) for p in (0, 1)]
-    assert parts[1].parts["tp"] == pytest.approx(parts[0].parts["tp"] / 2)
+    assert parts[1].parts["tp"] == pytest.approx(parts[0].parts["tp"] * 81 / 161)
     assert predict(row, machine("a100_hbw")) < predict(row, machine("a100_lbw")) / 2
     for hardware, limit in (("a100_hbw", 14e-3), ("a100_lbw", 0.3)):
         assert 160 * machine(hardware).all_reduce_seconds(128 * 8192 * 2, 8) < limit

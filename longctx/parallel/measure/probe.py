@@ -9,17 +9,19 @@ import torch
 
 from longctx.attention.kernel import Kernel
 from longctx.cost.decode import DecodeHardware
-from longctx.cost.hardware import Hardware, LayerRates, Link
+from longctx.cost.hardware import Hardware, LayerRates, Link, TrainRates
 from longctx.onednn import Products
 from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
 _ROUNDS = 5
+_IN_TURN = 20  # messages of a round, each after a product
 _WIDE = 1024  # query rows and keys of a compute-bound block
 _FEW = 4  # query rows of a block whose time goes into reading keys
 _SHORT = 16  # keys of a block that costs no more than its launch
 _LONG = 8192  # keys that do not fit a core's cache
 _ROWS = 512  # rows for which a layer's GEMMs are compute-bound
+_SOME = 128  # fewer rows, for which they are compute-bound, too
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
 _SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of a matrix that keeps the device busy
 _FASTEST = 1e12  # bytes/s, the speed of memory: measurement noise must not make a link faster
@@ -55,8 +57,8 @@ def probe(
     if ring.size == 1:
         return Hardware(flops, kv_bytes_per_s, block_s, _FREE, _FREE, overlap=1.0)
     # 2. The links: a hop of the ring, and an all-to-all.
-    hop = _link(*(seconds(_hop(ring, size, device)) for size in (_SMALL, _LARGE)))
-    exchange = _link(*(seconds(_exchange(ring, size, device)) for size in (_SMALL, _LARGE)))
+    hop = _link(*(_added(ring, _hop(ring, size, device), device) for size in (_SMALL, _LARGE)))
+    exchange = _link(*(_added(ring, _exchange(ring, size, device), device) for size in (_SMALL, _LARGE)))
     # 3. Overlap: send a message that takes as long as the block, alone and during the block.  On a link that is too
     # fast to measure, that message would fill the memory, so its size is limited.
     size = int(min(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s), 8 * _LARGE))
@@ -67,18 +69,19 @@ def probe(
 
 
 @torch.inference_mode()
-def probe_backward(
+def probe_tiles(
     ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
-) -> float:
-    """Measure the time of a wide block's backward divided by its forward's, on all ranks at once.
+) -> tuple[float, float]:
+    """Measure `Hardware`'s ``backward`` and ``causal`` from a wide tile, on all ranks at once.
 
-    The arguments are those of `probe`.  Every rank returns the same number.
+    The arguments are those of `probe`.  Every rank returns the same two numbers.
     """
     q, k, v = _random(_WIDE, _WIDE, heads, head_dim, dtype, device)
-    partial = kernel.forward(q, k, v, False)
-    dout, out = torch.ones_like(q), partial.out.to(dtype)
-    forward_s = _slowest(ring, lambda: kernel.forward(q, k, v, False), device)
-    return _slowest(ring, lambda: kernel.backward(dout, q, k, v, out, partial.lse, False), device) / forward_s
+    whole = kernel.forward(q, k, v, False)
+    dout, out = torch.ones_like(q), whole.out.to(dtype)
+    full_s, causal_s = (_slowest(ring, partial(kernel.forward, q, k, v, causal), device) for causal in (False, True))
+    backward_s = _slowest(ring, lambda: kernel.backward(dout, q, k, v, out, whole.lse, False), device)
+    return backward_s / full_s, 2 * causal_s / full_s
 
 
 def _random(
@@ -115,10 +118,10 @@ def probe_decode(
     read_s, compute_s = (_slowest(world, partial(product, x, weight), device) for x in (row, rows))
 
     def gather(size: int) -> Callable[[], object]:
-        part = torch.zeros(max(1, size // max(1, world.size - 1)), dtype=torch.uint8, device=device)
+        part = torch.ones(max(1, size // max(1, world.size - 1)), dtype=torch.uint8, device=device)
         return lambda: world.all_gather(part, [tuple(part.shape)] * world.size)
 
-    exchange = _link(*(_slowest(world, gather(size), device) for size in (_SMALL, _LARGE)))
+    exchange = _link(*(_added(world, gather(size), device) for size in (_SMALL, _LARGE)))
     return DecodeHardware(weight.nbytes / read_s, 2 * 64 * side**2 / compute_s, exchange)
 
 
@@ -145,6 +148,31 @@ def probe_layer(
     return LayerRates(gemm_flops, decode.weight_bytes_per_s, overhead_s, decode.exchange)
 
 
+def probe_training(
+    world: Comm,
+    step: Callable[[int], object],
+    update: Callable[[], object],
+    loss: Callable[[int], tuple[float, float]],
+    weights: float,
+    rates: LayerRates,
+    overhead_s: float,
+    device: torch.device,
+) -> TrainRates:
+    """Measure `TrainRates` while all ranks of ``world`` compute at once; every rank returns the same ones.
+
+    ``step(rows)`` computes the forward and backward of layers with ``weights`` weights, without attention, for that
+    many rows; ``update()`` updates these weights.  ``loss(rows)`` computes the loss of that many rows with its
+    gradients, and returns the numbers of its logits and of its GEMMs' FLOPs.  ``rates`` are those of the same layers in
+    inference, and ``overhead_s`` is all layers' overhead of a step, which does not count in ``gradient_s``.
+    """
+    some_s, many_s = (_slowest(world, partial(step, rows), device) for rows in (_SOME, _ROWS))
+    row_s, forward_s = (many_s - some_s) / (_ROWS - _SOME), 2 * weights / rates.gemm_flops
+    gradient_s = max(0.0, some_s - _SOME * row_s - overhead_s) / weights
+    logits, flops = loss(_ROWS)
+    loss_s = max(0.0, _slowest(world, partial(loss, _ROWS), device) - flops / rates.gemm_flops) / logits
+    return TrainRates(max(row_s / forward_s - 1, 1e-9), gradient_s, _slowest(world, update, device) / weights, loss_s)
+
+
 def _link(small_s: float, large_s: float) -> Link:
     """Fit a `Link` (latency and bytes/s) to the seconds of a message of `_SMALL` bytes and of one of `_LARGE` bytes."""
     per_byte = max((large_s - small_s) / (_LARGE - _SMALL), 1 / _FASTEST)
@@ -155,7 +183,7 @@ def _hop(
     ring: Comm, size: int, device: torch.device, meanwhile: Callable[[], object] = lambda: None
 ) -> Callable[[], object]:
     """Return a function that sends ``size`` bytes one hop, and calls ``meanwhile`` while they are in flight."""
-    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    message = torch.ones(size, dtype=torch.uint8, device=device)
 
     def send() -> object:
         pending = ring.shift(message, shapes=[(size,)])
@@ -167,8 +195,25 @@ def _hop(
 
 def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], object]:
     """Return a function that runs an all-to-all in which each rank sends ``size`` bytes in total."""
-    part = torch.zeros(max(1, size // (ring.size - 1)), dtype=torch.uint8, device=device)
+    part = torch.ones(max(1, size // (ring.size - 1)), dtype=torch.uint8, device=device)
     return lambda: ring.all_to_all([part] * ring.size, [tuple(part.shape)] * ring.size)
+
+
+def _added(ring: Comm, send: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``send`` adds to a product computed before it, of the slowest rank.
+
+    In a run, messages follow computation: ranks are not ready at the same moment, a waiting rank sleeps, and the
+    caches hold other data.  A message then takes two to four times as long as in a loop of messages.
+    """
+    a = torch.randn(_SIDE[device.type] // 4, _SIDE[device.type] // 4, device=device)
+
+    def products(then: Callable[[], object]) -> None:
+        for _ in range(_IN_TURN):
+            torch.matmul(a, a)
+            then()
+
+    alone_s, both_s = (_slowest(ring, partial(products, then), device) for then in (lambda: None, send))
+    return max((both_s - alone_s) / _IN_TURN, 1e-7)
 
 
 def _slowest(ring: Comm, work: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The probe gives every rank the same plausible numbers."""
+"""The probe gives every rank the same plausible numbers, and derives them from seconds as documented."""
 
 from dataclasses import astuple
 from math import isinf
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from longctx.attention.flash_cpu import flash_cpu
+from longctx.cost.hardware import LayerRates, Link
+from longctx.parallel.comm import SingleRankComm
 from longctx.parallel.measure import probe as probe_module
 from longctx.parallel.threads import run_threads
 
@@ -38,3 +40,42 @@ def test_message_size_is_limited_on_links_too_fast_to_measure(monkeypatch):
         2, lambda w, r: probe_module.probe(w.group(r), flash_cpu, (3, 1), 8, torch.float32, torch.device("cpu"))
     )
     assert max(sizes) <= 8 * probe_module._LARGE
+
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_of_tiles_follow_from_their_seconds(monkeypatch):
+    """A full tile has twice as many visible pairs as a causal one."""
+    seconds = iter([0.004, 0.003, 0.010])  # full, causal, backward
+
+    def timed(_ring, work, _device):
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(probe_module, "_WIDE", 31)
+    monkeypatch.setattr(probe_module, "_slowest", timed)
+    ratios = probe_module.probe_tiles(SingleRankComm(), flash_cpu, (3, 1), 8, torch.float32, CPU)
+    assert ratios == pytest.approx((2.5, 1.5))
+
+
+def test_rates_of_training_follow_from_seconds(monkeypatch):
+    """A loss of 100 logits takes 0.75 s, of which its GEMMs take 0.5 s."""
+
+    def timed(_ring, work, _device):
+        seconds = work()
+        return 0.75 if isinstance(seconds, tuple) else seconds
+
+    monkeypatch.setattr(probe_module, "_slowest", timed)
+    weights, rates = 1000, LayerRates(2e6, 1e9, 0.0, Link(0.0, 1e9))  # the forward of a row takes 1 ms
+    works = lambda rows: 0.7 + 4e-3 * rows, lambda: 0.03, lambda _: (100, 1e6)
+    found = probe_module.probe_training(SingleRankComm(), *works, weights, rates, 0.2, CPU)
+    assert astuple(found) == pytest.approx((3.0, 0.5 / weights, 0.03 / weights, 0.25 / 100))
+
+
+@pytest.mark.parametrize(("both", "added"), [(0.007, 0.002), (0.004, 1e-7)])
+def test_message_takes_what_it_adds_to_a_product(monkeypatch, both, added):
+    seconds = iter([0.005, both])
+    monkeypatch.setattr(probe_module, "_slowest", lambda *_: next(seconds))
+    monkeypatch.setattr(probe_module, "_IN_TURN", 1)
+    assert probe_module._added(SingleRankComm(), lambda: None, CPU) == pytest.approx(added)
