@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 def test_pages_are_built_without_a_word(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "docs.build_api", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # A CUDA build of torch says this on a machine with CUDA and without a GPU.
+    errors = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert (done.returncode, done.stdout, errors) == (0, "", [])
     page = (tmp_path / "longctx" / "attention" / "partial.html").read_text()
     assert 'id="merge"' in page and 'id="Partial.lse"' in page
     # Types of other projects have pages of their own.

@@ -81,9 +81,13 @@ class Files:
         unused = self._unused[fits]
         with self._explained():
             offset = unused.pop() if unused else self._grow(size)
-            copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
-            weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
-            self._write_at(data, offset)
+            try:
+                self._write_at(data, offset)
+            except BaseException:
+                unused.append(offset)
+                raise
+        copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
+        weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
         self._count(len(data))
         return copy
 
