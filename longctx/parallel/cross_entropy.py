@@ -10,7 +10,7 @@ from longctx.shapes import Float, Int, Tensor
 
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0
 _ADDED_ROWS = 128  # rows of the weight's gradient of which a chunk's part exists beside the total
-ROWS = 256  # default number of rows of logits that exist at a time
+ROWS = 192  # default number of rows of logits that exist at a time
 
 
 def cross_entropy(

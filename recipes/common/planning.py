@@ -215,7 +215,7 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     answer, decode = None, strategy if work.kind == "decode" else None
     if work.kind == "train":
         step = StepWork(
-            work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=256, operations=question.operations
+            work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=192, operations=question.operations
         )
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
         memory = step_bytes(shape, mesh, step, strategy, numbers)

@@ -34,7 +34,7 @@ class TrainSettings:
     steps: PositiveInt = 100
     seed: NonNegativeInt = 0
     recompute: Recompute = "none"
-    loss_rows: PositiveInt | None = 256
+    loss_rows: PositiveInt | None = 192
     mlp_rows: PositiveInt | None = None
     offload: str | None = None
     hardware: str | None = None
