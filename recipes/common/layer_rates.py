@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,7 @@ from longctx.cost.forward import layer_weights
 from longctx.cost.hardware import LayerRates, Link, TrainRates
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
+    from longctx.megatron.attention import Pass
     from longctx.megatron.runtime import Runtime
     from longctx.model_shape import ModelShape
     from recipes.common.target import Target
@@ -33,7 +33,7 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
     """
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
-    from longctx.megatron.model import build_model
+    from longctx.megatron.model import build_model, hidden_states
     from longctx.megatron.products import linear
     from longctx.parallel.measure.probe import probe_layer
 
@@ -42,7 +42,10 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
     shape, dtype = target.shape.first(min(LAYERS, target.shape.layers)), getattr(torch, target.model.dtype)
     net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
-    weights, forward = sum(layer_weights(shape)) * shape.layers, _forward_of(net, shape, dtype, runtime.device)
+    weights, forward = (
+        sum(layer_weights(shape)) * shape.layers,
+        _forward_of(partial(hidden_states, net), shape, dtype, runtime.device),
+    )
     rates = probe_layer(runtime.world, forward, weights, dtype, runtime.device, linear)
     rates = replace(rates, layer_s=rates.layer_s / shape.layers, reduce=measure_reduce(runtime))
     return replace(rates, training=measure_training(runtime, shape, dtype, rates))
@@ -56,6 +59,7 @@ def measure_training(runtime: Runtime, shape: ModelShape, dtype: torch.dtype, ra
     from longctx.config.training import Optim
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
+    from longctx.megatron.model import hidden_states
     from longctx.megatron.training.optimizer import clear_gradients, optimizer_step
     from longctx.megatron.training.state import build_train_state
     from longctx.parallel.measure.probe import probe_training
@@ -74,7 +78,7 @@ def measure_training(runtime: Runtime, shape: ModelShape, dtype: torch.dtype, ra
         steps=1000,
         recompute="none",
     )
-    forward = _forward_of(state.net, few, dtype, runtime.device)
+    forward = _forward_of(partial(hidden_states, state.net), few, dtype, runtime.device)
 
     def update() -> None:
         clear_gradients(state)
@@ -122,11 +126,10 @@ def _loss_of(vocab_size: int, hidden: int, dtype: torch.dtype) -> Callable[[int]
 
 
 def _forward_of(
-    net: GPTModel, shape: ModelShape, dtype: torch.dtype, device: torch.device
+    run: Callable[[torch.Tensor, Pass], torch.Tensor], shape: ModelShape, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int], torch.Tensor]:
-    """Return a function of a number of tokens, which runs them through ``net`` without attention."""
+    """Return a function of a number of tokens, which gives them to ``run`` with a `Pass` without attention."""
     from longctx.megatron.attention import Pass, rotary_tables
-    from longctx.megatron.model import hidden_states
 
     def forward(tokens: int) -> torch.Tensor:
         positions = torch.arange(tokens, device=device)
@@ -134,7 +137,7 @@ def _forward_of(
             attend=lambda _layer, q, k, v, *_sinks: _NoAttention.apply(q, k, v),  # type: ignore[no-untyped-call]
             rotary=rotary_tables(shape, positions, dtype),
         )
-        return hidden_states(net, positions.remainder(shape.vocab_size).unsqueeze(0), one_pass)
+        return run(positions.remainder(shape.vocab_size).unsqueeze(0), one_pass)
 
     return forward
 
