@@ -136,7 +136,9 @@ def task(config: DictConfig) -> None:
         if threads:
             rank = current_rank()
             nodes = rank.world_size // rank.local_world_size if rank else 1
-            result = replace(result, ranks_at_once=max(1, nodes * (cores() // threads)))
+            # Ranks that are measured while they share cores are as slow as they were measured.
+            at_once = max(target.mesh.ranks, nodes * (cores() // threads))
+            result = replace(result, ranks_at_once=at_once)
         metadata = {
             **provenance(),
             "mesh": str(target.mesh),

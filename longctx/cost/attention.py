@@ -6,7 +6,7 @@ Ulysses have divided them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longctx.cost.hardware import Hardware, Link
 from longctx.cost.window import Reach, reach_of
@@ -95,11 +95,21 @@ class Work:
 
     @property
     def causal_flops(self) -> float:
-        """FLOPs of all ``ranks`` of the ring in causal tiles: between new tokens of the same chunk of zigzag."""
-        chunk = [t if self.ranks == 1 else t / (2 * self.ranks) for t in self.new]
-        reach = [x if self.window is None else min(x, self.window) for x in chunk]
-        tiles = 1 if self.ranks == 1 else 2 * self.ranks
-        return 4 * self.head_dim * self.heads * tiles * sum(r * (x - r / 2) for x, r in zip(chunk, reach, strict=True))
+        """FLOPs of all ``ranks`` of the ring in causal tiles, as `longctx.attention.tiles` cuts a zigzag layout.
+
+        A rank's two chunks make one causal tile if a sequence has no cached tokens: N tiles of t / N rows.  After
+        cached tokens, each of the 2 N chunks makes its own, except the middle two, which follow one another on one
+        rank.  A window adds a tile at its far edge; if it is shorter than a tile, all pairs are in such tiles.
+        """
+        flops = 0.0
+        for t, p in zip(self.new, self.cached, strict=True):
+            rows = t / self.ranks if self.ranks == 1 or not p else t / (2 * self.ranks)
+            pairs = t**2 * (self.ranks + 1) / (2 * self.ranks) ** 2 if p else t**2 / (2 * self.ranks)
+            if self.window is not None:
+                seen = replace(self, new=[t], cached=[p]).flops / (4 * self.head_dim * self.heads)
+                pairs = seen if self.window <= rows else min(seen, pairs * (2 if p else 1))
+            flops += 4 * self.head_dim * self.heads * pairs
+        return flops
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,7 @@ def block_seconds(work: Work, hardware: Hardware) -> float:
     or, with few rows, bound by reading its keys and values.  Under a window, the result is the mean over the N blocks,
     some of which have no visible pair and take no time.
 
-    Causal tiles take ``hardware.causal`` times as long as their pairs.  On a ring, half of the new pairs of a rank's
-    own block are in causal tiles: zigzag's two chunks are two such tiles and a full one, which has as many pairs.
+    Causal tiles take ``hardware.causal`` times as long as their pairs.
     """
     pairs = work.flops + (hardware.causal - 1) * work.causal_flops
     arithmetic = pairs / work.ranks**2 / hardware.flops

@@ -205,7 +205,7 @@ def decode_cost(
     The time of GEMMs is in "weights" if reading the weights takes longer than the arithmetic, else in "products".  The
     axes are "tp" and "context".  With ``sharded``, both values of "tp" are 0, since "merge" and "context" include them.
     """
-    machine = machine.shared_by(mesh)
+    machine = machine.shared_by(mesh, decodes=True)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"
     level = machine.level(work.ranks, mesh.tp)
     # 1. Attention, and the collectives of context ranks.

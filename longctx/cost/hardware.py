@@ -67,7 +67,7 @@ class TrainRates:
 
     * ``backward``: time of a layer's backward divided by its forward's, with many rows: 2 by FLOPs.
     * ``gradient_s``: seconds for each weight and micro-batch: reading the weight, and adding to its gradient.
-    * ``update_s``: seconds of the optimizer for each weight and step, including zeroing and clipping the gradients.
+    * ``update_s``: seconds of the optimizer for each weight and step, including zeroing the gradients and their norm.
     * ``loss_s``: seconds of the loss for each logit, besides its GEMMs.
     """
 
@@ -118,7 +118,8 @@ class Hardware:
     * ``peak_flops``: peak FLOP/s of GEMMs in the training dtype, the denominator of MFU; None if unknown.
     * ``layer``: performance outside attention; None if it was not measured.
     * ``backward``: time of a block's backward divided by its forward's: 2.5 by arithmetic (5 GEMMs against 2).
-    * ``causal``: time of a causal tile relative to its visible pairs at the rate ``flops``: 1 by arithmetic.
+    * ``causal``: time of a causal tile of 512 rows relative to its visible pairs at the rate of a full tile: 1 by
+      arithmetic.  Larger tiles have less.
     * ``ranks_at_once``: number of ranks that the machine's cores run at once; further ranks take turns.  None if each
       rank has its own device.
 

@@ -77,7 +77,7 @@ class Level:
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
     def later(self, seconds: float) -> "Level":
-        """Return this level with ``seconds`` more latency for each message, except those of ``gather``."""
+        """Return this level with ``seconds`` more latency for each message, except `gather_link`'s, as in decoding."""
 
         def link(one: Link) -> Link:
             return replace(one, latency_s=one.latency_s + seconds, bulk=link(one.bulk) if one.bulk else None)
@@ -175,14 +175,14 @@ class Machine:
         """Return the largest number of GPUs whose links the machine describes: those of the last level."""
         return self.levels[-1].ranks
 
-    def shared_by(self, mesh: Degrees) -> "Machine":
+    def shared_by(self, mesh: Degrees, *, decodes: bool = False) -> "Machine":
         """Return the constants of one rank while all ranks of ``mesh`` run on this machine.
 
         Levels beyond the smallest block that holds all ranks are left out.  If the ranks are more than `ranks_at_once`,
         they take turns on the cores.  Rates of a rank's own work then fall, and overheads grow, by the number of turns:
         ranks / `ranks_at_once`, rounded up, because ranks wait for each other in every layer.  Computation hides no
-        communication, and a message takes `TURN_S` longer, because its receiver waits for a core.  That does not hold
-        for the messages of decoding: between them, ranks compute less than a turn.
+        communication, and a message takes `TURN_S` longer, because its receiver waits for a core.  With ``decodes`` it
+        does not: between two messages of decoding, ranks compute less than a turn.
 
         ``mesh`` may have at most `gpus` ranks.
         """
@@ -200,7 +200,7 @@ class Machine:
         if self.training:
             seconds = {name: getattr(self.training, name) * turns for name in ("gradient_s", "update_s", "loss_s")}
             one = replace(one, training=replace(self.training, **seconds))
-        levels = [level.later(TURN_S) for level in one.levels]
+        levels = [level.later(0.0 if decodes else TURN_S) for level in one.levels]
         return replace(one, **scaled, levels=levels, overlap=0.0, ranks_at_once=None)
 
     def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":

@@ -19,7 +19,8 @@ def machine_of(values: Any, source: str) -> Machine:
         return replace(_one_node(hardware_of(values, source), source), errors=errors_of(values, source))
     try:
         # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants, "measured" says of what dtype.
-        refuse_unknown(values, ["fitted", "measured", *(one.name for one in fields(Machine))], "a machine")
+        names = [one.name for one in fields(Machine) if one.name != "training"]  # only recipes.calibrate measures it
+        refuse_unknown(values, ["fitted", "measured", *names], "a machine")
         levels = [_level_of(one) for one in values["levels"]]
         errors = errors_of(values, source)
         # 2. Convert the numbers.

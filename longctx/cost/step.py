@@ -162,15 +162,14 @@ def _products(
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]
     again += dense_ffn_weights(shape) if work.mlp_rows else 0.0
-    once = layers * (projections + ffn) + shape.hidden * shape.vocab_size  # the last stage has the head
+    once, head = layers * (projections + ffn), shape.hidden * shape.vocab_size  # the last stage has the head
     unread = layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
     backward, read_s = 2.0, numbers.element / machine.memory_bytes_per_s
-    gradient_s, loss_s = 3 * read_s, 0.0
+    gradient_s, of_head = 3 * read_s, 3 * read_s * head
     if rates := machine.training:
-        backward, gradient_s, loss_s = rates.backward, rates.gradient_s, rates.loss_s
-    read = ((once - unread) * gradient_s + layers * again * read_s) / mesh.tp
-    products = 2 * ((1 + backward) * once + layers * again) * rows / mesh.tp / machine.gemm_flops + read
-    products += rows * shape.vocab_size / mesh.tp * loss_s
+        backward, gradient_s, of_head = rates.backward, rates.gradient_s, rates.loss_s * rows * shape.vocab_size
+    read = ((once - unread) * gradient_s + layers * again * read_s + of_head) / mesh.tp
+    products = 2 * ((1 + backward) * once + 3 * head + layers * again) * rows / mesh.tp / machine.gemm_flops + read
     # 2. All-reduces.  A norm of queries or keys over all heads sums squares, in the backward too.
     size = rows * shape.hidden * numbers.element
     whole, tiled = (layers * count for count in _layer_sums(shape, mesh, work, numbers.spd_share))

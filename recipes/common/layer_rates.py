@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from recipes.common.target import Target
 
 LAYERS = 6  # layers to measure; one layer's weights may stay in the cache
-_MOST_WEIGHTS = 2**28  # weights of the trained layers: 4 GB with gradients and the optimizer's state
-_VOCABULARY = 64  # tokens of the model that is trained, whose embedding and head are not part of a layer
+_MOST_WEIGHTS = 2**27  # weights of the trained layers: 2 GB with gradients and the optimizer's state
+_VOCABULARY = 64  # tokens of the measured model, whose embedding and head are not part of a layer
 _LOGITS = 2**14  # most logits of a row of the loss
+_REDUCED = 2**10, 2**24  # bytes of an all-reduce
 
 
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
@@ -29,26 +30,29 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
 
     Runs the first `LAYERS` layers with random weights, which together do not fit in a CPU's cache.  Returns None for a
     mixture of experts, and with tensor parallelism, whose reductions would be timed as well.  Training is measured on a
-    CPU, if the trained layers fit in 4 GB; ``runtime`` must be one for training.
+    CPU, if a layer's training fits in 2 GB; ``runtime`` must be one for training.
     """
+    if target.shape.mixture or target.mesh.tp > 1:
+        return None
+    shape, dtype = target.shape.first(min(LAYERS, target.shape.layers)), getattr(torch, target.model.dtype)
+    rates = replace(_inference_rates(runtime, shape, dtype), reduce=measure_reduce(runtime))
+    return replace(rates, training=measure_training(runtime, shape, dtype, rates))
+
+
+def _inference_rates(runtime: Runtime, shape: ModelShape, dtype: torch.dtype) -> LayerRates:
+    """Measure the layers of ``shape`` in inference."""
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model, hidden_states
     from longctx.megatron.products import linear
     from longctx.parallel.measure.probe import probe_layer
 
-    if target.shape.mixture or target.mesh.tp > 1:
-        return None
-    shape, dtype = target.shape.first(min(LAYERS, target.shape.layers)), getattr(torch, target.model.dtype)
-    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
-    hf_load.load(net, RandomInit(shape, seed=0), shape)
-    weights, forward = (
-        sum(layer_weights(shape)) * shape.layers,
-        _forward_of(partial(hidden_states, net), shape, dtype, runtime.device),
-    )
-    rates = probe_layer(runtime.world, forward, weights, dtype, runtime.device, linear)
-    rates = replace(rates, layer_s=rates.layer_s / shape.layers, reduce=measure_reduce(runtime))
-    return replace(rates, training=measure_training(runtime, shape, dtype, rates))
+    few, device = replace(shape, vocab_size=_VOCABULARY), runtime.device
+    net = build_model(few, runtime.groups, dtype=dtype, layers="local", device=device)
+    hf_load.load(net, RandomInit(few, seed=0), few)
+    forward = _forward_of(partial(hidden_states, net), few, dtype, device)
+    rates = probe_layer(runtime.world, forward, sum(layer_weights(few)) * few.layers, dtype, device, linear)
+    return replace(rates, layer_s=rates.layer_s / few.layers)
 
 
 def measure_training(runtime: Runtime, shape: ModelShape, dtype: torch.dtype, rates: LayerRates) -> TrainRates | None:
@@ -115,10 +119,10 @@ def _loss_of(vocab_size: int, hidden: int, dtype: torch.dtype) -> Callable[[int]
     from longctx.parallel.comm import SingleRankComm
     from longctx.parallel.cross_entropy import cross_entropy
 
-    weight = torch.randn(vocab_size, hidden, dtype=dtype).requires_grad_()
+    weight = torch.ones(vocab_size, hidden, dtype=dtype).requires_grad_()
 
     def loss(tokens: int) -> tuple[float, float]:
-        states, targets = torch.randn(tokens, hidden, dtype=dtype).requires_grad_(), torch.arange(tokens) % vocab_size
+        states, targets = torch.ones(tokens, hidden, dtype=dtype).requires_grad_(), torch.arange(tokens) % vocab_size
         cross_entropy(states, weight, targets, torch.ones(tokens), SingleRankComm(), vocab_size)
         return tokens * vocab_size, 6 * tokens * vocab_size * hidden
 
@@ -148,11 +152,17 @@ def measure_reduce(runtime: Runtime) -> Link | None:
     Returns None on a GPU, where calls return early, and if these ranks are not all ranks.  A ring of n ranks takes
     2 (n - 1) steps, each of which sends 1/n of the bytes.
     """
-    from longctx.parallel.measure.all_reduce import time_all_reduce
+    import torch.distributed as dist
+
+    from longctx.parallel.measure.probe import added_seconds
 
     group, ranks = runtime.groups.dp_cp, runtime.world.size
     if runtime.device.type != "cpu" or group.size() != ranks:
         return None
-    sizes = (2**10, 2**24)
-    small, large = (time_all_reduce(group, size, 5, runtime.device) / (2 * (ranks - 1)) for size in sizes)
-    return Link(small, (sizes[1] - sizes[0]) / ranks / max(large - small, 1e-9))
+
+    def step_s(size: int) -> float:
+        x = torch.ones(size // 4)
+        return added_seconds(runtime.world, lambda: dist.all_reduce(x, group=group), runtime.device) / (2 * (ranks - 1))
+
+    small, large = map(step_s, _REDUCED)
+    return Link(small, (_REDUCED[1] - _REDUCED[0]) / ranks / max(large - small, 1e-9))

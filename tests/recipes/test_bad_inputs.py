@@ -56,7 +56,7 @@ FILES: dict[str, str | bytes] = {
     "latin1.txt": "süß\n".encode("latin1") * 20,
     "binary.txt": bytes(range(256)),
     "short.txt": "a",
-    "torn.txt.gz": gzip.compress(b"text " * 999)[:-9],
+    "torn.txt.gz": gzip.compress(b"text " * 999, mtime=0)[:-9],
     "deep.jsonl": "[" * 99_999,
     "digits.jsonl": f'{{"text": "a", "max_new_tokens": {"9" * 9999}}}',
     "numbers.jsonl": '{"text": 3}',

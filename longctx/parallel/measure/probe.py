@@ -15,7 +15,8 @@ from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
 _ROUNDS = 5
-_IN_TURN = 20  # messages of a round, each after a product
+_IN_TURN, _MOST_S = 20, 0.05  # most messages of a round, each after a product, and about their seconds
+_PRODUCT = 256  # rows and columns of this product's matrices
 _WIDE = 1024  # query rows and keys of a compute-bound block
 _FEW = 4  # query rows of a block whose time goes into reading keys
 _SHORT = 16  # keys of a block that costs no more than its launch
@@ -57,11 +58,12 @@ def probe(
     if ring.size == 1:
         return Hardware(flops, kv_bytes_per_s, block_s, _FREE, _FREE, overlap=1.0)
     # 2. The links: a hop of the ring, and an all-to-all.
-    hop = _link(*(_added(ring, _hop(ring, size, device), device) for size in (_SMALL, _LARGE)))
-    exchange = _link(*(_added(ring, _exchange(ring, size, device), device) for size in (_SMALL, _LARGE)))
+    hop = _link(*(added_seconds(ring, _hop(ring, size, device), device) for size in (_SMALL, _LARGE)))
+    exchange = _link(*(added_seconds(ring, _exchange(ring, size, device), device) for size in (_SMALL, _LARGE)))
     # 3. Overlap: send a message that takes as long as the block, alone and during the block.  On a link that is too
     # fast to measure, that message would fill the memory, so its size is limited.
-    size = int(min(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s), 8 * _LARGE))
+    alone = _link(*(seconds(_hop(ring, size, device)) for size in (_SMALL, _LARGE)))
+    size = int(min(max(_SMALL, (wide_s - alone.latency_s) * alone.bytes_per_s), 8 * _LARGE))
     send = _hop(ring, size, device)
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
     hidden = (alone_s + wide_s - both_s) / min(alone_s, wide_s)
@@ -72,11 +74,11 @@ def probe(
 def probe_tiles(
     ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Measure `Hardware`'s ``backward`` and ``causal`` from a wide tile, on all ranks at once.
+    """Measure `Hardware`'s ``backward`` and ``causal`` from a tile of `_ROWS` rows, on all ranks at once.
 
     The arguments are those of `probe`.  Every rank returns the same two numbers.
     """
-    q, k, v = _random(_WIDE, _WIDE, heads, head_dim, dtype, device)
+    q, k, v = _random(_ROWS, _ROWS, heads, head_dim, dtype, device)
     whole = kernel.forward(q, k, v, False)
     dout, out = torch.ones_like(q), whole.out.to(dtype)
     full_s, causal_s = (_slowest(ring, partial(kernel.forward, q, k, v, causal), device) for causal in (False, True))
@@ -121,7 +123,7 @@ def probe_decode(
         part = torch.ones(max(1, size // max(1, world.size - 1)), dtype=torch.uint8, device=device)
         return lambda: world.all_gather(part, [tuple(part.shape)] * world.size)
 
-    exchange = _link(*(_added(world, gather(size), device) for size in (_SMALL, _LARGE)))
+    exchange = _link(*(added_seconds(world, gather(size), device) for size in (_SMALL, _LARGE)))
     return DecodeHardware(weight.nbytes / read_s, 2 * 64 * side**2 / compute_s, exchange)
 
 
@@ -199,21 +201,22 @@ def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], objec
     return lambda: ring.all_to_all([part] * ring.size, [tuple(part.shape)] * ring.size)
 
 
-def _added(ring: Comm, send: Callable[[], object], device: torch.device) -> float:
+def added_seconds(ring: Comm, send: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that ``send`` adds to a product computed before it, of the slowest rank.
 
     In a run, messages follow computation: ranks are not ready at the same moment, a waiting rank sleeps, and the
     caches hold other data.  A message then takes two to four times as long as in a loop of messages.
     """
-    a = torch.randn(_SIDE[device.type] // 4, _SIDE[device.type] // 4, device=device)
+    a = torch.randn(_PRODUCT, _PRODUCT, device=device)
+    in_turn = min(_IN_TURN, max(1, int(_MOST_S / _slowest(ring, send, device))))  # the same on all ranks
 
     def products(then: Callable[[], object]) -> None:
-        for _ in range(_IN_TURN):
+        for _ in range(in_turn):
             torch.matmul(a, a)
             then()
 
     alone_s, both_s = (_slowest(ring, partial(products, then), device) for then in (lambda: None, send))
-    return max((both_s - alone_s) / _IN_TURN, 1e-7)
+    return max((both_s - alone_s) / in_turn, 1e-7)
 
 
 def _slowest(ring: Comm, work: Callable[[], object], device: torch.device) -> float:

@@ -53,7 +53,7 @@ def test_ratios_of_tiles_follow_from_their_seconds(monkeypatch):
         work()
         return next(seconds)
 
-    monkeypatch.setattr(probe_module, "_WIDE", 31)
+    monkeypatch.setattr(probe_module, "_ROWS", 31)
     monkeypatch.setattr(probe_module, "_slowest", timed)
     ratios = probe_module.probe_tiles(SingleRankComm(), flash_cpu, (3, 1), 8, torch.float32, CPU)
     assert ratios == pytest.approx((2.5, 1.5))
@@ -73,9 +73,19 @@ def test_rates_of_training_follow_from_seconds(monkeypatch):
     assert astuple(found) == pytest.approx((3.0, 0.5 / weights, 0.03 / weights, 0.25 / 100))
 
 
-@pytest.mark.parametrize(("both", "added"), [(0.007, 0.002), (0.004, 1e-7)])
-def test_message_takes_what_it_adds_to_a_product(monkeypatch, both, added):
-    seconds = iter([0.005, both])
-    monkeypatch.setattr(probe_module, "_slowest", lambda *_: next(seconds))
-    monkeypatch.setattr(probe_module, "_IN_TURN", 1)
-    assert probe_module._added(SingleRankComm(), lambda: None, CPU) == pytest.approx(added)
+@pytest.mark.parametrize(
+    ("once", "both", "in_turn", "added"),
+    [(0.001, 0.045, 20, 0.002), (0.01, 0.045, 5, 0.008), (9.0, 0.045, 1, 0.04), (0.01, 0.004, 5, 1e-7)],
+)
+def test_message_takes_what_it_adds_to_a_product(monkeypatch, once, both, in_turn, added):
+    """A slow message is sent fewer times."""
+    seconds, sent = iter([once, 0.005, both]), []
+
+    def timed(_ring, work, _device):
+        sent.clear()
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(probe_module, "_slowest", timed)
+    assert probe_module.added_seconds(SingleRankComm(), lambda: sent.append(1), CPU) == pytest.approx(added)
+    assert len(sent) == in_turn
