@@ -22,7 +22,7 @@ env: $(READY) ## the environment in .venv, which the other targets make too
 demo: $(READY) ## a real model answers from a long real document, over 2 ranks; figures in outputs/demo/result.json
 	$(BIN)/python -m recipes.generate experiment=generate/demo
 
-test: $(READY) slurm ## the whole test suite
+test: $(READY) slurm ## all tests that this machine can run
 	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-fast: $(READY) ## the tests that take seconds: without those marked slow or slurm

@@ -41,10 +41,8 @@ def test_logits_tokens_and_all_reduces_match_the_equations(folder: Path, mesh: M
         assert rank["decode"] == (2 * calls, 2 * calls * HIDDEN * 4), "two tokens, of one row each"
 
 
-KINDS = (
-    *("qwen3", "smollm3", "mistral, a window in all layers", "phi3", "granite"),
-    *("gemma3", "glm4", "olmo2", "olmo3"),  # these normalise the outputs of attention and MLP
-)
+NORMED = ("gemma3", "glm4", "olmo2", "olmo3")  # these normalise the outputs of attention and MLP
+KINDS = ("qwen2, with biases", "qwen3", "smollm3", "mistral, a window in all layers", "phi3", "granite", *NORMED)
 
 
 def test_other_families_match_the_equations(tmp_path: Path) -> None:
@@ -60,7 +58,7 @@ def test_other_families_match_the_equations(tmp_path: Path) -> None:
             for _ in range(3):
                 ids = torch.cat([ids, net(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert result["tokens"] == ids[0, len(tokens) :].tolist(), kind
-        normed, summed = kind in KINDS[5:], 2 * LAYERS * kind.startswith("olmo")  # sums of queries and keys
+        normed, summed = kind in NORMED, 2 * LAYERS * kind.startswith("olmo")  # sums of queries and keys
         calls, sizes = 2 * LAYERS - 1 + 1, 2 * LAYERS - (not normed) + 1
         per_row = sizes * net.config.hidden_size * 4 + summed * 4
         assert result["prefill"] == (calls + summed, len(tokens) * per_row), kind
