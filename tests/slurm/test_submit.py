@@ -320,7 +320,10 @@ def test_job_that_cannot_count_its_failures_is_not_started_again(squeue, script,
     assert done.returncode == 1 and not asked.exists()
 
 
-@pytest.mark.parametrize(("state", "restarts"), [("RUNNING", True), ("", True), ("COMPLETING", False)])
+@pytest.mark.parametrize(
+    ("state", "restarts"),
+    [*((state, True) for state in ("RUNNING", "", "SIGNALING")), ("COMPLETING", False), ("TIMEOUT", False)],
+)
 def test_job_whose_ranks_end_before_its_own_sigterm_arrives_is_not_requeued(
     squeue, script, tmp_path, monkeypatch, state, restarts
 ):
