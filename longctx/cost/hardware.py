@@ -67,7 +67,7 @@ class TrainRates:
 
     * ``backward``: time of a layer's backward divided by its forward's, with many rows: 2 by FLOPs.
     * ``gradient_s``: seconds for each weight and micro-batch: reading the weight, and adding to its gradient.
-    * ``update_s``: seconds of the optimizer for each weight and step, including zeroing the gradients and their norm.
+    * ``update_s``: seconds of the optimizer for each weight and step, with zeroing the gradients and taking their norm.
     * ``loss_s``: seconds of the loss for each logit, besides its GEMMs.
     """
 

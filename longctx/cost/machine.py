@@ -77,14 +77,14 @@ class Level:
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
     def later(self, seconds: float) -> "Level":
-        """Return this level with ``seconds`` more latency for each message, except `gather_link`'s, as in decoding."""
+        """Return this level with ``seconds`` more latency for each message, except those of ``gather``, of decoding."""
 
         def link(one: Link) -> Link:
             return replace(one, latency_s=one.latency_s + seconds, bulk=link(one.bulk) if one.bulk else None)
 
-        late = replace(self, hop=link(self.hop), exchange=link(self.exchange), gather=self.gather_link)
         step_s = None if self.step_s is None else self.step_s + seconds
-        return replace(late, step_s=step_s, reduce=link(self.reduce) if self.reduce else None)
+        reduce = link(self.reduce) if self.reduce else None
+        return replace(self, hop=link(self.hop), exchange=link(self.exchange), step_s=step_s, reduce=reduce)
 
 
 def strategies_differ(work: str, mesh: Degrees) -> bool:
@@ -200,7 +200,7 @@ class Machine:
         if self.training:
             seconds = {name: getattr(self.training, name) * turns for name in ("gradient_s", "update_s", "loss_s")}
             one = replace(one, training=replace(self.training, **seconds))
-        levels = [level.later(0.0 if decodes else TURN_S) for level in one.levels]
+        levels = one.levels if decodes else [level.later(TURN_S) for level in one.levels]
         return replace(one, **scaled, levels=levels, overlap=0.0, ranks_at_once=None)
 
     def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":

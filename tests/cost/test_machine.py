@@ -66,7 +66,7 @@ def test_late_links():
     assert (late.hop, late.exchange) == (Link(11.0, 1e9, Link(12.0, 5e9)), Link(13.0, 2e9))
     assert (late.step_s, late.gather, late.reduce) == (10.25, gather, Link(14.0, 3e9))
     plain = Level("all", 8, Link(1.0, 1e9), Link(3.0, 2e9)).later(10.0)
-    assert (plain.step_s, plain.gather_link, plain.reduce) == (None, Link(3.0, 2e9), None)
+    assert (plain.step_s, plain.gather, plain.reduce) == (None, None, None)
 
 
 def two_levels(near, far):
